@@ -1,0 +1,36 @@
+# Everything runs inside .venv, made once; it is remade when the packaging files change.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+NATIVE := $(shell find csrc protos -type f)
+
+.DEFAULT_GOAL := test
+.PHONY: demo test test-slow lint check bench clean
+
+demo: $(STAMP)
+	$(BIN)/steerserve demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+
+check: lint test
+
+bench: $(STAMP)
+	for bench in bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+clean:
+	rm -rf .venv build dist *.egg-info steerserve/v1 steerserve/kernels/_C.*.so
+
+$(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,lab]'
+	touch $@

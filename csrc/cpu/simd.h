@@ -1,0 +1,23 @@
+// Which instruction set the kernels use: the best one of this CPU, unless a test asks for a lesser one.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace steerserve {
+
+enum class SimdLevel { scalar, avx2, avx512 };
+
+// The level in use.
+SimdLevel simd_level();
+
+// Name of a level: "scalar", "avx2" or "avx512".
+const char* simd_level_name(SimdLevel level);
+
+// The levels that this build and this CPU can run, least first.
+std::vector<SimdLevel> supported_simd_levels();
+
+// Use `name` from now on, in all threads. Throws std::invalid_argument if it is not supported here.
+void set_simd_level(const std::string& name);
+
+}  // namespace steerserve

@@ -1,0 +1,51 @@
+"""A gRPC language-model server that edits sparse-autoencoder features per request and proves what ran."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerserve.client import Completion, SteerserveClient
+    from steerserve.serving.steer_string import parse_intervention
+    from steerserve.types import (
+        ConceptTarget,
+        DirectionTarget,
+        FeatureTarget,
+        Intervention,
+        Message,
+        Op,
+        Phase,
+        Receipt,
+        SamplingParams,
+        Site,
+        SteeringSpec,
+        Unit,
+    )
+
+_MODULE_OF = {"SteerserveClient": "client", "Completion": "client", "parse_intervention": "serving.steer_string"}
+
+__all__ = [
+    "Completion",
+    "ConceptTarget",
+    "DirectionTarget",
+    "FeatureTarget",
+    "Intervention",
+    "Message",
+    "Op",
+    "Phase",
+    "Receipt",
+    "SamplingParams",
+    "Site",
+    "SteeringSpec",
+    "SteerserveClient",
+    "Unit",
+    "parse_intervention",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: the command line must answer --help without grpc or numpy.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF.get(name, 'types')}"), name)

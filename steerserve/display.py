@@ -1,0 +1,85 @@
+"""How responses look in a terminal: receipts as tables, activations as the background of each token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from steerserve.types import Receipt, StepOutput
+
+_COLD, _HOT = (40, 40, 60), (220, 60, 30)
+
+
+@dataclass(frozen=True)
+class TokenScore:
+    """One generated token's text and the score at its own position; NaN where none was read.
+
+    The last token of a response is never fed to the model, so it has no score.
+    """
+
+    text: str
+    score: float
+
+
+def token_scores(pieces: Sequence[StepOutput], intervention: int = 0) -> list[TokenScore]:
+    """The generated tokens of a finished stream with their scores under one intervention."""
+    scores = {entry.position: float(entry.scores[intervention]) for piece in pieces for entry in piece.scores}
+    position = pieces[-1].num_prompt_tokens
+    tokens: list[TokenScore] = []
+    for piece in pieces:
+        own = [scores[at] for at in range(position, position + len(piece.token_ids)) if at in scores]
+        tokens.append(TokenScore(piece.text, max(own, default=math.nan)))
+        position += len(piece.token_ids)
+    return tokens
+
+
+def heat_strip(tokens: Iterable[TokenScore], full_scale: float) -> Text:
+    """The tokens' text, each on a background from cold (0) to hot (``full_scale``); none where nothing fired."""
+    strip = Text()
+    for token in tokens:
+        heat = min(token.score / full_scale, 1.0) if token.score > 0 and full_scale > 0 else 0.0
+        strip.append(token.text, Style(bgcolor=_colour(heat)) if heat > 0 else Style.null())
+    return strip
+
+
+def activation_view(pieces: Sequence[StepOutput], receipt: Receipt) -> Group:
+    """The response once per intervention, each on that intervention's activations."""
+    strips: list[RenderableType] = []
+    for index, entry in enumerate(receipt.interventions):
+        tokens = token_scores(pieces, index)
+        strips += [Text(f"{entry.label}, up to {entry.max_activation:.2f}:", "dim"), heat_strip(tokens, peak(tokens))]
+    return Group(*strips)
+
+
+def peak(tokens: Iterable[TokenScore]) -> float:
+    """The largest score; 0 if nothing fired."""
+    return max((token.score for token in tokens if token.score > 0), default=0.0)
+
+
+def receipt_view(receipt: Receipt) -> RenderableType:
+    """What ran: a row per intervention, then the verdict, the plan and the weights."""
+    verdict = "steered" if receipt.steered else "not steered"
+    plan = f"plan {receipt.plan_hash[:12]} · " if receipt.plan_hash else ""
+    summary = Text(f"receipt: {verdict} · {plan}model {receipt.model_fingerprint[:12]}", "dim")
+    if not receipt.interventions:
+        return summary
+    table = Table("intervention", box=box.SIMPLE)
+    for heading in ("in scope", "covered", "edited", "|Δx|/|x|", "max score"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in receipt.interventions:
+        name = Text.assemble(entry.label, (f"\n{entry.source} at {entry.site}", "dim"))
+        counts = (entry.tokens_in_scope, entry.tokens_covered, entry.tokens_edited)
+        table.add_row(name, *map(str, counts), f"{entry.mean_relative_edit:.3f}", f"{entry.max_activation:.2f}")
+    return Group(table, summary)
+
+
+def _colour(heat: float) -> str:
+    mixed = (round(cold + (hot - cold) * heat) for cold, hot in zip(_COLD, _HOT, strict=True))
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)

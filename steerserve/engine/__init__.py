@@ -1,0 +1,1 @@
+"""The request loop: queue, batch, one model step at a time, receipts."""

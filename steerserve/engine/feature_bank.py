@@ -1,0 +1,114 @@
+"""Preallocated feature rows, shared by every request that uses the same feature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from steerserve.errors import CapacityError, InvalidRequestError
+from steerserve.models.splice import SiteBank
+from steerserve.steering.plan import FeatureRows, IntArray, Plan
+from steerserve.types import Site
+
+FeatureKey = tuple[str, int]
+
+
+@dataclass
+class _SiteRows:
+    """One site's buffers: which slot holds which feature, and how many plans hold it."""
+
+    arrays: SiteBank
+    free: list[int]
+    slot: dict[FeatureKey, int] = field(default_factory=dict)
+    holders: dict[FeatureKey, int] = field(default_factory=dict)
+
+
+class FeatureBank:
+    """Buffers of ``capacity`` feature rows a site, allocated when the site is first used.
+
+    A slot is written only while no plan holds it, so the kernel may read the others meanwhile.
+    Callers serialise ``acquire`` and ``release``.
+    """
+
+    def __init__(self, capacity: int, d_model: int) -> None:
+        self._capacity = capacity
+        self._d_model = d_model
+        self._sites: dict[Site, _SiteRows] = {}
+
+    def acquire(self, plan: Plan) -> list[IntArray]:
+        """Hold every feature of a plan: for each ``SitePlan``, the slots ``[k]`` of its rows.
+
+        Raises:
+            InvalidRequestError: the plan alone has more features at a site than there are slots.
+            CapacityError: the slots are held by other requests. Nothing is held after either.
+        """
+        held: list[IntArray] = []
+        try:
+            for part in plan.sites:
+                held.append(self._hold(part.site, part.rows, _distinct_features(plan, part.site)))
+        except (InvalidRequestError, CapacityError):
+            self._drop(plan, len(held))
+            raise
+        return held
+
+    def release(self, plan: Plan) -> None:
+        """Undo one ``acquire``."""
+        self._drop(plan, len(plan.sites))
+
+    def arrays(self, site: Site) -> SiteBank:
+        """The buffers of a site that some plan holds or held."""
+        return self._sites[site].arrays
+
+    @property
+    def num_held(self) -> int:
+        """Slots in use over all sites."""
+        return sum(len(rows.slot) for rows in self._sites.values())
+
+    def _hold(self, site: Site, features: FeatureRows, distinct: int) -> IntArray:
+        if distinct > self._capacity:
+            expected = f"at most {self._capacity} distinct features at one site"
+            raise InvalidRequestError("steering.interventions", f"{distinct} features at {site}", expected)
+        rows = self._sites.get(site)
+        if rows is None:
+            rows = self._sites[site] = self._allocate()
+        new = [index for index, key in enumerate(features.keys) if key not in rows.slot]
+        if len(new) > len(rows.free):
+            raise CapacityError(f"no room for {len(new)} more features at {site}: all slots are in use")
+        if new:
+            slots = [rows.free.pop() for _ in new]
+            rows.slot.update(zip((features.keys[index] for index in new), slots, strict=True))
+            _write(rows.arrays, slots, features, new)
+        for key in features.keys:
+            rows.holders[key] = rows.holders.get(key, 0) + 1
+        return np.array([rows.slot[key] for key in features.keys], dtype=np.int32)
+
+    def _drop(self, plan: Plan, num_parts: int) -> None:
+        for part in plan.sites[:num_parts]:
+            rows = self._sites[part.site]
+            for key in part.rows.keys:
+                rows.holders[key] -= 1
+                if rows.holders[key] == 0:
+                    del rows.holders[key]
+                    rows.free.append(rows.slot.pop(key))
+
+    def _allocate(self) -> _SiteRows:
+        def buffer(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float32)
+
+        size, d_model = self._capacity, self._d_model
+        arrays = SiteBank(buffer(size, d_model), buffer(size), buffer(size), buffer(size, d_model))
+        return _SiteRows(arrays, free=list(range(size - 1, -1, -1)))
+
+
+def _distinct_features(plan: Plan, site: Site) -> int:
+    return len({key for part in plan.sites if part.site == site for key in part.rows.keys})
+
+
+def _write(arrays: SiteBank, slots: list[int], features: FeatureRows, index: list[int]) -> None:
+    where = torch.tensor(slots)
+    arrays.W_enc[where] = torch.from_numpy(features.W_enc[index])
+    arrays.b_enc[where] = torch.from_numpy(features.b_enc[index])
+    arrays.threshold[where] = torch.from_numpy(features.threshold[index])
+    arrays.W_dec[where] = torch.from_numpy(features.W_dec[index])

@@ -1,0 +1,1 @@
+"""Offline work: activations, SAE training, concept discovery and their evaluation."""

@@ -1,0 +1,103 @@
+"""Where each model family keeps its sites.
+
+Stream names have TransformerLens meaning: ``attn_out`` and ``mlp_out`` are what is added to the
+residual, so in Gemma they are read after the post-norms. Sites are hooked at the decoder layers:
+Hugging Face's ``hidden_states[-1]`` is taken after the final norm and is no layer's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from steerserve.errors import IncompatibleError
+from steerserve.types import Site, Stream
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """A module and which side of it carries the activation.
+
+    ``input`` is the first positional argument; ``output`` is the result, or its first element where
+    the module returns a tuple.
+    """
+
+    module: nn.Module
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True)
+class FamilyAdapter:
+    """The module names of one family.
+
+    Attributes:
+        layers_path: the ``ModuleList`` of decoder layers, from the causal language model.
+        attn_out, mlp_out: module of a layer whose output is added to the residual.
+        mask_per_layer_type: the model takes a dict of attention masks keyed by layer type
+            (``full_attention``, ``sliding_attention``) instead of one mask.
+    """
+
+    layers_path: str
+    attn_out: str
+    mlp_out: str
+    mask_per_layer_type: bool
+
+    def layers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """Decoder layers in model order."""
+        layers = model.get_submodule(self.layers_path)
+        assert isinstance(layers, nn.ModuleList)
+        return list(layers)
+
+    def hook_point(self, model: PreTrainedModel, site: Site) -> HookPoint:
+        """The module that carries ``site``; the layer must exist."""
+        layer = self.layers(model)[site.layer]
+        match site.stream:
+            case Stream.RESID_PRE:
+                return HookPoint(layer, "input")
+            case Stream.RESID_POST:
+                return HookPoint(layer, "output")
+            case Stream.ATTN_OUT:
+                return HookPoint(layer.get_submodule(self.attn_out), "output")
+            case Stream.MLP_OUT:
+                return HookPoint(layer.get_submodule(self.mlp_out), "output")
+
+    def sites(self, model: PreTrainedModel) -> list[Site]:
+        """Every site of the model, in the order the forward pass reaches them."""
+        order = (Stream.RESID_PRE, Stream.ATTN_OUT, Stream.MLP_OUT, Stream.RESID_POST)
+        return [Site(layer, stream) for layer in range(len(self.layers(model))) for stream in order]
+
+
+_LLAMA = FamilyAdapter("model.layers", attn_out="self_attn", mlp_out="mlp", mask_per_layer_type=False)
+_QWEN = FamilyAdapter("model.layers", attn_out="self_attn", mlp_out="mlp", mask_per_layer_type=True)
+_GEMMA = FamilyAdapter(
+    "model.layers",
+    attn_out="post_attention_layernorm",
+    mlp_out="post_feedforward_layernorm",
+    mask_per_layer_type=True,
+)
+
+FAMILIES = {
+    "llama": _LLAMA,
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt2": FamilyAdapter("transformer.h", attn_out="attn", mlp_out="mlp", mask_per_layer_type=False),
+    "gpt_neox": FamilyAdapter("gpt_neox.layers", attn_out="attention", mlp_out="mlp", mask_per_layer_type=False),
+}
+"""Adapters by the ``model_type`` of the model's config."""
+
+
+def adapter_for(model_type: str) -> FamilyAdapter:
+    """The adapter of a family.
+
+    Raises:
+        IncompatibleError: the family is not supported.
+    """
+    adapter = FAMILIES.get(model_type)
+    if adapter is None:
+        raise IncompatibleError("model.model_type", model_type, f"one of {', '.join(sorted(FAMILIES))}")
+    return adapter

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: their equations and their files."""

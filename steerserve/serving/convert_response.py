@@ -1,0 +1,139 @@
+"""Responses: plain types to wire messages and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from steerserve.types import FinishReason, InterventionReceipt, PositionScores, Receipt, Site, StepOutput, Stream
+from steerserve.v1 import generation_pb2, receipt_pb2
+
+if TYPE_CHECKING:  # torch: a client needs none
+    from steerserve.engine.engine import Engine
+
+_FINISH_REASONS = {generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in FinishReason}
+
+
+def response_to_proto(outputs: Sequence[StepOutput]) -> generation_pb2.GenerateResponse:
+    """Join all outputs of one request, the last of which has finished."""
+    token_ids = [token for output in outputs for token in output.token_ids]
+    return generation_pb2.GenerateResponse(
+        request_id=outputs[-1].request_id,
+        text="".join(output.text for output in outputs),
+        token_ids=generation_pb2.TokenIds(ids=token_ids),
+        scores=[scores for output in outputs for scores in _scores_to_proto(output.scores)],
+        finish_info=_finish_to_proto(outputs[-1], len(token_ids)),
+    )
+
+
+def step_to_proto(output: StepOutput, num_generated_tokens: int) -> generation_pb2.GenerateStreamResponse:
+    """Write one piece of a stream; ``num_generated_tokens`` counts up to and with this piece."""
+    return generation_pb2.GenerateStreamResponse(
+        request_id=output.request_id,
+        text=output.text,
+        token_ids=generation_pb2.TokenIds(ids=output.token_ids),
+        scores=_scores_to_proto(output.scores),
+        finish_info=None if output.finish_reason is None else _finish_to_proto(output, num_generated_tokens),
+    )
+
+
+def output_from_proto(message: generation_pb2.GenerateStreamResponse | generation_pb2.GenerateResponse) -> StepOutput:
+    """Read one piece of a stream, or a whole response as a single piece."""
+    finished = message.HasField("finish_info")
+    finish = message.finish_info
+    return StepOutput(
+        request_id=message.request_id,
+        token_ids=tuple(message.token_ids.ids),
+        text=message.text,
+        scores=tuple(
+            PositionScores(scores.position, np.array(scores.scores, dtype=np.float32)) for scores in message.scores
+        ),
+        finish_reason=_FINISH_REASONS[finish.finish_reason] if finished else None,
+        num_prompt_tokens=finish.num_prompt_tokens,
+        receipt=receipt_from_proto(finish.receipt) if finish.HasField("receipt") else None,
+    )
+
+
+def receipt_to_proto(receipt: Receipt) -> receipt_pb2.Receipt:
+    """Write a receipt."""
+    return receipt_pb2.Receipt(
+        plan_hash=receipt.plan_hash,
+        model_fingerprint=receipt.model_fingerprint,
+        policies=receipt.policies,
+        packs=receipt.packs,
+        steered=receipt.steered,
+        interventions=[
+            receipt_pb2.InterventionReceipt(**(vars(entry) | {"site": str(entry.site)}))
+            for entry in receipt.interventions
+        ],
+    )
+
+
+def receipt_from_proto(message: receipt_pb2.Receipt) -> Receipt:
+    """Read a receipt."""
+    return Receipt(
+        plan_hash=message.plan_hash,
+        model_fingerprint=message.model_fingerprint,
+        policies=tuple(message.policies),
+        packs=dict(message.packs),
+        steered=message.steered,
+        interventions=tuple(
+            InterventionReceipt(
+                source=entry.source,
+                label=entry.label,
+                site=Site.parse(entry.site),
+                tokens_in_scope=entry.tokens_in_scope,
+                tokens_covered=entry.tokens_covered,
+                tokens_edited=entry.tokens_edited,
+                mean_relative_edit=entry.mean_relative_edit,
+                max_activation=entry.max_activation,
+            )
+            for entry in message.interventions
+        ),
+    )
+
+
+def model_info_to_proto(engine: Engine) -> generation_pb2.GetModelInfoResponse:
+    """Describe the model and everything that requests can name."""
+    model, catalog = engine.model, engine.catalog
+    return generation_pb2.GetModelInfoResponse(
+        model_name=model.name,
+        model_fingerprint=model.fingerprint,
+        d_model=model.d_model,
+        n_layers=model.n_layers,
+        max_model_len=engine.config.max_model_len,
+        sites=[str(Site(layer, stream)) for layer in range(model.n_layers) for stream in Stream],
+        saes=[
+            generation_pb2.SaeInfo(name=sae.name, site=str(sae.site), d_sae=sae.d_sae, sha256=sae.sha256)
+            for sae in catalog.saes.values()
+        ],
+        concepts=[
+            generation_pb2.ConceptInfo(
+                name=pack.name,
+                version=pack.card.version,
+                description=pack.card.description,
+                site=str(pack.site),
+                num_features=len(pack.tensors),
+                evaluation_json=json.dumps(pack.card.evaluation),
+            )
+            for pack in catalog.packs.values()
+        ],
+        policies=[pack.tag for pack in catalog.packs.values()],
+    )
+
+
+def _finish_to_proto(output: StepOutput, num_generated_tokens: int) -> generation_pb2.FinishInfo:
+    assert output.finish_reason is not None, "only the last output of a request ends it"
+    return generation_pb2.FinishInfo(
+        finish_reason=generation_pb2.FinishReason.Value(f"FINISH_REASON_{output.finish_reason.name}"),
+        num_prompt_tokens=output.num_prompt_tokens,
+        num_generated_tokens=num_generated_tokens,
+        receipt=None if output.receipt is None else receipt_to_proto(output.receipt),
+    )
+
+
+def _scores_to_proto(scores: Iterable[PositionScores]) -> list[receipt_pb2.PositionScores]:
+    return [receipt_pb2.PositionScores(position=at.position, scores=at.scores) for at in scores]

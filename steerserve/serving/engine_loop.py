@@ -1,0 +1,163 @@
+"""The engine in a thread of its own, its outputs in one asyncio queue per request.
+
+Three kinds of threads meet here. The *event loop* owns ``_queues``. The *engine thread* calls
+``step`` and posts what it returns to the event loop. One *admission thread* validates and compiles
+requests, and aborts them, strictly in order, so that an abort never overtakes the request it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from steerserve.engine.engine import Engine
+from steerserve.errors import InvalidRequestError, ServiceError
+from steerserve.types import GenerateRequest, StepOutput
+
+_log = logging.getLogger(__name__)
+
+_Item = StepOutput | Exception
+_STOPPED_EARLY = "the server stopped before the response was complete"
+
+
+class EngineLoop:
+    """Runs ``engine``; every request that was opened ends with a last output or an exception.
+
+    Args:
+        on_broken: called in the event loop, once, when the engine fails twice in a row and is given up.
+    """
+
+    def __init__(self, engine: Engine, on_broken: Callable[[], Awaitable[None]]) -> None:
+        self.engine = engine
+        self._on_broken = on_broken
+        self._queues: dict[str, asyncio.Queue[_Item]] = {}
+        self._open_ids: set[str] = set()
+        self._serial = itertools.count()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._refusal: str | None = None
+        self._admission = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
+        self._work = threading.Event()
+        self._stopping = False
+        self._event_loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @asynccontextmanager
+    async def open(self, request: GenerateRequest) -> AsyncIterator[AsyncIterator[StepOutput]]:
+        """Admit ``request`` and yield its outputs; leaving the context early aborts it and frees its slot.
+
+        Raises:
+            InvalidRequestError, IncompatibleError, CapacityError: the engine refuses the request.
+            ServiceError: the server is draining or out of order.
+        """
+        if self._refusal is not None:
+            raise ServiceError("UNAVAILABLE", self._refusal)
+        if request.request_id in self._open_ids:
+            raise InvalidRequestError("request_id", request.request_id, "an id that no request in flight has")
+        self._open_ids.add(request.request_id)
+        self._idle.clear()
+        # A name of its own for each: the last output of an aborted request must not reach the next user of its id.
+        engine_id = f"{request.request_id}#{next(self._serial)}"
+        queue = self._queues[engine_id] = asyncio.Queue()
+        try:
+            await self._event_loop.run_in_executor(self._admission, self._admit, replace(request, request_id=engine_id))
+            yield _outputs(queue, request.request_id)
+        finally:
+            del self._queues[engine_id]
+            self._open_ids.remove(request.request_id)
+            if not self._queues:
+                self._idle.set()
+            # Harmless after the last output, needed on every other way out.
+            if not self._stopping:
+                self._admission.submit(self._abort, engine_id)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests and give the open ones ``timeout_s`` to finish; the rest end with ServiceError."""
+        self._refusal = "the server is shutting down"
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            self._fail_all(ServiceError("UNAVAILABLE", _STOPPED_EARLY))
+
+    async def stop(self) -> None:
+        """End both threads; requests still open end with ServiceError."""
+        self._refusal = "the server is shutting down"
+        self._fail_all(ServiceError("UNAVAILABLE", _STOPPED_EARLY))
+        self._stopping = True
+        self._work.set()
+        await asyncio.to_thread(self._thread.join)
+        self._admission.shutdown(wait=False)
+
+    def _admit(self, request: GenerateRequest) -> None:
+        self.engine.add_request(request)
+        self._work.set()
+
+    def _abort(self, request_id: str) -> None:
+        self.engine.abort(request_id)
+        self._work.set()
+
+    def _run(self) -> None:
+        try:
+            self._step_until_stopped()
+        except Exception:
+            _log.critical("the engine failed twice in a row and is given up", exc_info=True)
+        if not self._stopping:
+            asyncio.run_coroutine_threadsafe(self._give_up(), self._event_loop)
+
+    def _step_until_stopped(self) -> None:
+        failed = False
+        while not self._stopping:
+            if not self.engine.has_unfinished():
+                self._work.wait()
+                self._work.clear()
+                continue
+            try:
+                outputs = self.engine.step()
+            except Exception:
+                if failed:
+                    raise
+                failed = True
+                self._abort_all()
+            else:
+                failed = False
+                self._event_loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def _abort_all(self) -> None:
+        _log.exception("engine.step failed; every request in flight is ended")
+        for request_id in list(self._queues):
+            self.engine.abort(request_id)
+        error = ServiceError("INTERNAL", "the engine failed on a batch that held this request")
+        self._event_loop.call_soon_threadsafe(self._fail_all, error)
+
+    def _deliver(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            queue = self._queues.get(output.request_id)
+            if queue is not None:
+                queue.put_nowait(output if output.error is None else output.error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for queue in self._queues.values():
+            queue.put_nowait(error)
+
+    async def _give_up(self) -> None:
+        self._refusal = "the engine is out of order"
+        self._fail_all(ServiceError("UNAVAILABLE", self._refusal))
+        await self._on_broken()
+
+
+async def _outputs(queue: asyncio.Queue[_Item], request_id: str) -> AsyncIterator[StepOutput]:
+    while True:
+        item = await queue.get()
+        if isinstance(item, Exception):
+            raise item
+        yield replace(item, request_id=request_id)
+        if item.finish_reason is not None:
+            return

@@ -1,0 +1,72 @@
+"""Paths of fields in the caller's message.
+
+Types name a field by its place in the dataclasses, callers by its place in the message they sent:
+``proto_field`` turns the first into the second, so that every error a caller sees names a field of the proto.
+"""
+
+from __future__ import annotations
+
+import re
+
+from google.protobuf.message import Message as ProtoMessage
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from steerserve.errors import InvalidRequestError
+from steerserve.v1 import generation_pb2
+
+RequestMessage = generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest
+
+_INTERVENTION_FIELD = re.compile(
+    r"(?P<path>steering\.interventions\[(?P<index>\d+)\])\.(?P<name>target|value|unit)(?:\.(?P<leaf>\w+))?"
+)
+_PROMPT_FIELD = re.compile(r"prompt(?:\.\w+)?(?P<element>\[\d+\])?")
+_ELEMENTS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
+
+
+def proto_field(field: str, message: RequestMessage) -> str:
+    """The path in ``message`` of what the types call ``field``, e.g. ``steering.interventions[0].target.site``."""
+    match = _INTERVENTION_FIELD.fullmatch(field)
+    if match is not None and int(match["index"]) < len(message.steering.interventions):
+        sent = message.steering.interventions[int(match["index"])]
+        chosen = sent.WhichOneof("target") if match["name"] == "target" else sent.WhichOneof("value")
+        leaf = match["leaf"]
+        path = f"{match['path']}.{chosen or match['name']}"
+        return path if leaf is None or chosen == "concept" else f"{path}.{leaf}"
+    match = _PROMPT_FIELD.fullmatch(field)
+    form = message.WhichOneof("prompt")
+    if match is not None and form is not None:
+        return _ELEMENTS[form] + match["element"] if match["element"] else form
+    return field
+
+
+def refuse_unknown_fields(message: ProtoMessage, path: str = "") -> None:
+    """A field this server does not know may ask for steering that it would not do: refuse, never ignore.
+
+    Raises:
+        InvalidRequestError: at ``path`` or below it is such a field.
+    """
+    unknown = UnknownFieldSet(message)
+    if len(unknown):
+        number = unknown[0].field_number
+        raise InvalidRequestError(path or "request", f"field number {number}", "only fields this server knows")
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        name = f"{path}.{descriptor.name}" if path else descriptor.name
+        if descriptor.is_repeated:
+            for i, element in enumerate(value):
+                refuse_unknown_fields(element, f"{name}[{i}]")
+        else:
+            refuse_unknown_fields(value, name)
+
+
+def bounded(value: int, field: str, low: int, high: int) -> int:
+    """``value``, refused outside ``[low, high]``."""
+    expect(low <= value <= high, field, value, f"an integer in [{low}, {high}]")
+    return value
+
+
+def expect(valid: bool, field: str, value: object, expected: str) -> None:
+    """Raise InvalidRequestError unless ``valid``."""
+    if not valid:
+        raise InvalidRequestError(field, value, expected)

@@ -1,0 +1,76 @@
+"""The RPCs: convert, call the engine loop, translate. Nothing else happens here."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from grpc.aio import ServicerContext
+from grpc_status import rpc_status
+
+from steerserve.serving.convert import request_from_proto
+from steerserve.serving.convert_response import model_info_to_proto, response_to_proto, step_to_proto
+from steerserve.serving.engine_loop import EngineLoop
+from steerserve.serving.fields import RequestMessage, proto_field
+from steerserve.serving.status import status_of
+from steerserve.v1 import generation_pb2 as pb
+from steerserve.v1 import generation_pb2_grpc
+
+Context = ServicerContext[Any, Any]
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """Answers ``steerserve.v1.GenerationService`` from one engine loop.
+
+    A call that is cancelled, or runs past its deadline, is a cancelled coroutine here; it leaves
+    ``EngineLoop.open``, which aborts the request.
+    """
+
+    def __init__(self, engine_loop: EngineLoop) -> None:
+        self._engine_loop = engine_loop
+        self._model_info = model_info_to_proto(engine_loop.engine)
+        self._started = time.monotonic()
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
+        try:
+            async with self._engine_loop.open(request_from_proto(request)) as outputs:
+                return response_to_proto([output async for output in outputs])
+        except Exception as error:
+            await _end_with_status(error, request, context)
+
+    # Writes instead of yielding: a call that ends in the middle of a write must leave this frame at once.
+    async def GenerateStream(  # type: ignore[override]  # noqa: N802
+        self, request: pb.GenerateStreamRequest, context: Context
+    ) -> None:
+        num_generated_tokens = 0
+        try:
+            async with self._engine_loop.open(request_from_proto(request)) as outputs:
+                async for output in outputs:
+                    num_generated_tokens += len(output.token_ids)
+                    await context.write(step_to_proto(output, num_generated_tokens))
+        except Exception as error:
+            await _end_with_status(error, request, context)
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
+        engine = self._engine_loop.engine
+        return pb.GetServerInfoResponse(
+            version=version("steerserve"),
+            uptime_seconds=time.monotonic() - self._started,
+            num_requests_running=engine.num_running,
+            num_requests_waiting=engine.num_waiting,
+            max_num_seqs=engine.config.max_num_seqs,
+        )
+
+    async def GetModelInfo(  # noqa: N802
+        self, request: pb.GetModelInfoRequest, context: Context
+    ) -> pb.GetModelInfoResponse:
+        return self._model_info
+
+
+async def _end_with_status(error: Exception, request: RequestMessage, context: Context) -> NoReturn:
+    status = rpc_status.to_status(status_of(error, lambda field: proto_field(field, request)))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+    raise AssertionError("abort raises")

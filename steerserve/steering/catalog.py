@@ -1,0 +1,132 @@
+"""The SAEs and concept packs that are loaded for one model, found by name.
+
+Until policies have files of their own, a policy is a pack's calibrated action, named after the pack.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
+from steerserve.sae.model import SAE
+from steerserve.sae.saelens import load_sae
+from steerserve.steering.packs import ConceptPack, ModelFacts, load_pack
+from steerserve.types import Site
+
+ASSETS = Path(__file__).parent.parent / "assets"
+MAX_NAMES_IN_ERRORS = 8
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Catalog:
+    """What a steering spec may name."""
+
+    model: ModelFacts
+    saes: Mapping[str, SAE]
+    packs: Mapping[str, ConceptPack]
+
+    @classmethod
+    def load(cls, model: ModelFacts, packs: Sequence[str] = (), saes: Sequence[str] = ()) -> Catalog:
+        """Load packs and SAEs, each a directory or the name of a built-in one.
+
+        Raises:
+            AssetError: missing or damaged files, or a name given twice.
+            IncompatibleError: made for another model than ``model``.
+        """
+        loaded_saes = [load_sae(_directory(name, "saes")) for name in saes]
+        loaded_packs = [load_pack(_directory(name, "packs")) for name in packs]
+        for sae in loaded_saes:
+            _check_sae(sae, model)
+        for pack in loaded_packs:
+            pack.check_model(model)
+        return cls(
+            model,
+            _by_name("SAE", [(sae.name, sae) for sae in loaded_saes]),
+            _by_name("concept pack", [(pack.name, pack) for pack in loaded_packs]),
+        )
+
+    def sae(self, name: str, field: str) -> SAE:
+        """A loaded SAE; ``field`` names where the request said so.
+
+        Raises:
+            InvalidRequestError: no such SAE.
+        """
+        return _find(self.saes, name, field, "SAE")
+
+    def concept(self, name: str, field: str) -> ConceptPack:
+        """The pack of a concept.
+
+        Raises:
+            InvalidRequestError: no such concept.
+        """
+        return _find(self.packs, name, field, "concept")
+
+    def policy(self, name: str, field: str) -> ConceptPack:
+        """The pack behind a policy given as ``name`` or ``name@version``.
+
+        Raises:
+            InvalidRequestError: no such policy, or another version of it is loaded.
+        """
+        bare, _, version = name.partition("@")
+        if bare not in self.packs:
+            raise InvalidRequestError(field, name, _choices(name, [pack.tag for pack in self.packs.values()], "policy"))
+        pack = self.packs[bare]
+        if "@" in name and version != pack.card.version:
+            raise InvalidRequestError(field, name, f"the loaded version, {pack.tag}")
+        return pack
+
+    def check_site(self, site: Site, field: str) -> None:
+        """Refuse a site that the model does not have.
+
+        Raises:
+            IncompatibleError: the layer is outside the model.
+        """
+        if not 0 <= site.layer < self.model.n_layers:
+            raise IncompatibleError(
+                field, str(site), f"a layer from 0 to {self.model.n_layers - 1}: {self.model.name} has no other"
+            )
+
+
+def _directory(name: str, kind: str) -> Path:
+    for directory in (Path(name), ASSETS / kind / name):
+        if directory.is_dir():
+            return directory
+    built_in = sorted(path.name for path in (ASSETS / kind).glob("*") if path.is_dir())
+    raise AssetError(f"{name!r} is neither a directory nor one of the built-in {kind}: {', '.join(built_in) or 'none'}")
+
+
+def _by_name(kind: str, items: Iterable[tuple[str, T]]) -> dict[str, T]:
+    named: dict[str, T] = {}
+    for name, item in items:
+        if name in named:
+            raise AssetError(f"two loaded {kind}s are named {name!r}")
+        named[name] = item
+    return named
+
+
+def _check_sae(sae: SAE, model: ModelFacts) -> None:
+    if sae.d_in != model.d_model:
+        raise IncompatibleError("sae.d_in", sae.d_in, f"{model.d_model}, the width of {model.name}")
+    if sae.site.layer >= model.n_layers:
+        raise IncompatibleError("sae.site", str(sae.site), f"a layer below {model.n_layers}, as {model.name} has")
+
+
+def _find(named: Mapping[str, T], name: str, field: str, kind: str) -> T:
+    if name not in named:
+        raise InvalidRequestError(field, name, _choices(name, list(named), kind))
+    return named[name]
+
+
+def _choices(name: str, names: Sequence[str], kind: str) -> str:
+    if not names:
+        return f"nothing: no {kind} is loaded"
+    if len(names) <= MAX_NAMES_IN_ERRORS:
+        return f"a loaded {kind}: {', '.join(sorted(names))}"
+    nearest = difflib.get_close_matches(name, names, n=MAX_NAMES_IN_ERRORS, cutoff=0.0)
+    return f"a loaded {kind}, such as {', '.join(nearest)} ({len(names)} in all)"

@@ -1,0 +1,99 @@
+"""A steering spec compiled for one loaded model: plain arrays, no names.
+
+A plan has two stages. ``REQUEST`` holds the caller's interventions and reads the unedited
+activation; ``POLICY`` holds the guards' and reads what the request left, so that a request can
+never cancel a guard. Within a stage all interventions at a site read the same activation and their
+edits add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from steerserve.types import FloatArray, Phase, Site
+
+IntArray = npt.NDArray[np.int32]
+ByteArray = npt.NDArray[np.uint8]
+
+
+class Stage(IntEnum):
+    """Order in which edits apply at a site."""
+
+    REQUEST = 0
+    POLICY = 1
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureRows:
+    """``k`` features of one site in the kernel's terms: f = pre if pre > threshold else 0.
+
+    ReLU has threshold 0, JumpReLU and BatchTopK their own; a direction is a feature with
+    threshold −inf (f is the projection) and W_enc = W_dec = the unit vector.
+
+    Attributes:
+        keys: identity of each row, e.g. ``("sae:<hash>", 123)``; equal keys mean equal rows.
+        W_enc: ``[k, d]``, one row per feature; ``b_enc`` ``[k]`` has −b_dec·W_enc folded in.
+        W_dec: ``[k, d]``, already in the units of the residual stream.
+    """
+
+    keys: tuple[tuple[str, int], ...]
+    W_enc: FloatArray
+    b_enc: FloatArray
+    threshold: FloatArray
+    W_dec: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """One stage's work at one site, an entry per (intervention, feature).
+
+    Attributes:
+        row: ``[n]`` index into ``rows``.
+        op: ``[n]`` codes of ``steerserve.kernels.steer_delta.OpCode``.
+        value: ``[n]`` the operand, in activation units.
+        intervention: ``[n]`` index into ``Plan.interventions``; entries of one are contiguous.
+    """
+
+    site: Site
+    stage: Stage
+    rows: FeatureRows
+    row: IntArray
+    op: ByteArray
+    value: FloatArray
+    intervention: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedIntervention:
+    """One intervention of the plan, as the receipt reports it.
+
+    Attributes:
+        weight: ``[m]`` the intervention's score is ``weight · f`` over its own entries.
+        gram: ``[m, m]`` W_dec W_decᵀ of its entries: |x' − x|² = eᵀ gram e for edits e.
+    """
+
+    source: str
+    label: str
+    site: Site
+    stage: Stage
+    phase: Phase
+    weight: FloatArray
+    gram: FloatArray
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything the engine needs to run and to account for one request's steering."""
+
+    interventions: tuple[PlannedIntervention, ...]
+    sites: tuple[SitePlan, ...]
+    policies: tuple[str, ...]
+    packs: dict[str, str]
+    hash: str

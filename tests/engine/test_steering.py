@@ -1,0 +1,330 @@
+"""What steering does to the activations, seen by hooks that the tests install themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from steerserve.errors import DetectorError, InvalidRequestError
+from steerserve.models.families import FAMILIES
+from steerserve.models.loading import LoadedModel
+from steerserve.steering.catalog import Catalog
+from steerserve.types import (
+    ConceptTarget,
+    DirectionTarget,
+    FeatureTarget,
+    GenerateRequest,
+    Intervention,
+    Op,
+    Phase,
+    SamplingParams,
+    Site,
+    SteeringSpec,
+    Stream,
+    Unit,
+)
+
+SITE = Site(1, Stream.RESID_POST)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+"""Relative to |x|: one rounding of the result."""
+
+
+@dataclass
+class Recorder:
+    """The activation at one site as the model made it and as the splice left it, position by position."""
+
+    before: list[torch.Tensor] = field(default_factory=list)
+    after: list[torch.Tensor] = field(default_factory=list)
+
+    def row(self, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """``x`` and ``x'`` of one row as ``[positions, d]`` float64."""
+        joined = [torch.cat([x[index] for x in xs]).double().numpy() for xs in (self.before, self.after)]
+        return joined[0], joined[1]
+
+
+@contextmanager
+def recording(model: LoadedModel, site: Site, make: Callable) -> Iterator[tuple[Recorder, object]]:
+    """Hooks on either side of the splice: one installed before ``make()`` builds the engine, one after."""
+    recorder = Recorder()
+    point = model.adapter.hook_point(model.model, site)
+
+    def recorded_in(seen: list[torch.Tensor]):
+        def hook(_module, args, output=None) -> None:
+            x = args[0] if point.side == "input" else output
+            seen.append((x[0] if isinstance(x, tuple) else x).clone())
+
+        return hook
+
+    register = point.module.register_forward_pre_hook if point.side == "input" else point.module.register_forward_hook
+    handles = [register(recorded_in(recorder.before))]
+    engine = make()
+    handles.append(register(recorded_in(recorder.after)))
+    try:
+        yield recorder, engine
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def feature_rows(catalog: Catalog, features: list[int]) -> list[np.ndarray]:
+    """W_enc, b_enc, threshold, W_dec of some features in float64."""
+    return [rows.double().numpy() for rows in catalog.saes["tiny-sae"].rows(features)]
+
+
+def activations(x: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
+    """``[positions, k]`` f = pre where pre > threshold, else 0."""
+    W_enc, b_enc, threshold, _ = rows
+    pre = x @ W_enc.T + b_enc
+    return np.where(pre > threshold, pre, 0.0)
+
+
+def assert_close(seen: np.ndarray, expected: np.ndarray, x: np.ndarray, dtype: torch.dtype) -> None:
+    scale = np.abs(x).max(axis=1, keepdims=True) + np.abs(expected).max(axis=1, keepdims=True)
+    assert (np.abs(seen - expected) <= TOLERANCE[dtype] * scale).all()
+
+
+def steer(*interventions: Intervention) -> SteeringSpec:
+    return SteeringSpec(interventions)
+
+
+def feature(index: int, op: Op, value: float | None = None, **rest: object) -> Intervention:
+    return Intervention(FeatureTarget("tiny-sae", index), op, value, **rest)
+
+
+def request(name: str, spec: SteeringSpec = SteeringSpec(), max_tokens: int = 8, **rest: object) -> GenerateRequest:
+    sampling = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+    return GenerateRequest(name, "The quick brown fox", sampling, spec, **rest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("interventions", "edited"),
+    [
+        ([feature(3, Op.CLAMP, 7.0)], lambda f: np.where(f > 0, 7.0, f)),
+        ([feature(3, Op.CLAMP, -2.0, always=True)], lambda f: np.full_like(f, -2.0)),
+        ([feature(3, Op.CLAMP, 0.5, unit=Unit.MAX_ACTIVATION)], lambda f: np.where(f > 0, 2.0, f)),
+        ([feature(3, Op.CLIP, 0.25)], lambda f: np.minimum(f, 0.25)),
+        ([feature(3, Op.BLOCK)], np.zeros_like),
+        ([feature(3, Op.SCALE, 1.5)], lambda f: 1.5 * f),
+        ([feature(3, Op.ADD, 4.0)], lambda f: f + 4.0),
+        ([feature(3, Op.MONITOR)], lambda f: f),
+        (
+            [feature(3, Op.BLOCK), feature(4, Op.ADD, 4.0), feature(5, Op.CLAMP, 1.0)],
+            lambda f: np.stack([0 * f[:, 0], f[:, 1] + 4, np.where(f[:, 2] > 0, 1.0, f[:, 2])], axis=1),
+        ),
+    ],
+    ids=["clamp", "clamp-always", "clamp-max", "clip", "block", "scale", "add", "monitor", "three-at-once"],
+)
+def test_edits_follow_the_formula_at_every_token(interventions, edited, dtype, load_tiny, make_engine, run) -> None:
+    model = load_tiny(dtype=dtype)
+    with recording(model, SITE, lambda: make_engine(model)) as (recorder, engine):
+        response = run(engine, [request("r", steer(*interventions), return_activations=True)])["r"]
+    x, changed = recorder.row()
+    rows = feature_rows(engine.catalog, [i.target.feature for i in interventions])
+    f = activations(x, rows)
+    assert len(x) == response.outputs[0].num_prompt_tokens + 7
+    assert (f > 0).any()
+    assert (f == 0).any()
+    assert_close(changed, x + (edited(f) - f) @ rows[3], x, dtype)
+    np.testing.assert_allclose(response.scores, f, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("stream", list(Stream))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_a_direction_is_added_at_every_site_of_every_family(family, stream, load_tiny, make_engine, run) -> None:
+    model = load_tiny(family)
+    site = Site(1, stream)
+    vector = np.random.default_rng(0).standard_normal(model.d_model).astype(np.float32)
+    spec = steer(Intervention(DirectionTarget(site, vector), Op.ADD, 3.0))
+    with recording(model, site, lambda: make_engine(model)) as (recorder, engine):
+        run(engine, [request("r", spec, max_tokens=3)])
+    x, changed = recorder.row()
+    assert_close(changed, x + 3.0 * vector / np.linalg.norm(vector), x, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("op", "value", "projected"),
+    [
+        (Op.BLOCK, None, np.zeros_like),
+        (Op.CLIP, -0.5, lambda p: np.minimum(p, -0.5)),
+        (Op.SCALE, -1.0, np.negative),
+    ],
+)
+def test_ops_on_directions(op, value, projected, load_tiny, make_engine, run) -> None:
+    model = load_tiny()
+    vector = np.random.default_rng(0).standard_normal(model.d_model).astype(np.float32)
+    with recording(model, SITE, lambda: make_engine(model)) as (recorder, engine):
+        run(engine, [request("r", steer(Intervention(DirectionTarget(SITE, vector), op, value)))])
+    x, changed = recorder.row()
+    unit = vector.astype(np.float64) / np.linalg.norm(vector)
+    p = x @ unit
+    assert_close(changed, x + np.outer(projected(p) - p, unit), x, torch.float32)
+
+
+@pytest.mark.parametrize("phase", list(Phase))
+def test_scope(phase, load_tiny, make_engine, run) -> None:
+    model = load_tiny()
+    with recording(model, SITE, lambda: make_engine(model)) as (recorder, engine):
+        response = run(engine, [request("r", steer(feature(3, Op.ADD, 4.0, phase=phase)), return_activations=True)])["r"]
+    x, changed = recorder.row()
+    num_prompt = response.outputs[0].num_prompt_tokens
+    is_prompt = np.arange(len(x)) < num_prompt
+    in_scope = {Phase.ALL: np.full(len(x), True), Phase.PROMPT: is_prompt, Phase.GENERATED: ~is_prompt}[phase]
+    assert ((x != changed).any(axis=1) == in_scope).all()
+    assert (np.isfinite(response.scores[:, 0]) == in_scope).all()
+    (line,) = response.receipt.interventions
+    assert line.tokens_in_scope == line.tokens_covered == line.tokens_edited == in_scope.sum()
+    assert response.receipt.steered
+
+
+def test_a_request_cannot_cancel_a_guard(load_tiny, make_engine, make_pack, run) -> None:
+    """The policy reads what the request left and has the last word."""
+    model = load_tiny()
+    guard = make_pack(model, features=(3,), op=Op.CLIP, value=0.5)
+    asked = steer(feature(3, Op.ADD, 50.0))
+    with recording(model, SITE, lambda: make_engine(model, [guard])) as (recorder, engine):
+        response = run(engine, [request("r", asked, policies=("mood",), return_activations=True)])["r"]
+    x, changed = recorder.row()
+    rows = feature_rows(engine.catalog, [3])
+    requested = x + 50.0 * rows[3]
+    f = activations(requested, rows)
+    assert (f > 10).all()
+    assert_close(changed, requested + (0.5 - f) @ rows[3], requested, torch.float32)
+    np.testing.assert_allclose(response.scores[:, 1:], f, rtol=1e-4)
+    assert [line.source for line in response.receipt.interventions] == ["request", "policy:mood@1"]
+    assert response.receipt.policies == ("mood@1",)
+    assert response.receipt.packs == {"mood@1": guard.sha256}
+
+
+def test_receipt_counts_what_happened(load_tiny, make_engine, make_pack, run) -> None:
+    model = load_tiny()
+    pack = make_pack(model, features=(3, 4))
+    spec = steer(feature(5, Op.BLOCK), Intervention(ConceptTarget("mood"), Op.SCALE, 3.0), feature(0, Op.SCALE, 9.0))
+    with recording(model, SITE, lambda: make_engine(model, [pack])) as (recorder, engine):
+        receipt = run(engine, [request("r", spec)])["r"].receipt
+    x, _ = recorder.row()
+    rows = feature_rows(engine.catalog, [5, 3, 4, 0])
+    f = activations(x, rows)
+    edits = [-f[:, :1] @ rows[3][:1], 2 * f[:, 1:3] @ rows[3][1:3], 0 * x]
+    scores = [f[:, 0], f[:, 1] + f[:, 2], f[:, 3]]
+    assert receipt.plan_hash
+    assert receipt.model_fingerprint == model.fingerprint
+    for line, edit, score in zip(receipt.interventions, edits, scores, strict=True):
+        moved = np.linalg.norm(edit, axis=1) > 0
+        relative = np.linalg.norm(edit, axis=1)[moved] / np.linalg.norm(x, axis=1)[moved]
+        assert line.tokens_in_scope == line.tokens_covered == len(x)
+        assert line.tokens_edited == moved.sum()
+        assert line.mean_relative_edit == pytest.approx(relative.mean() if moved.any() else 0, rel=1e-4)
+        assert line.max_activation == pytest.approx(score.max(), rel=1e-4)
+    assert 0 < receipt.interventions[0].tokens_edited < len(x)
+    assert receipt.interventions[2].tokens_edited == 0
+
+
+def test_long_responses_are_counted_in_full(load_tiny, make_engine, run) -> None:
+    receipt = run(make_engine(load_tiny()), [request("r", steer(feature(3, Op.ADD, 1.0)), max_tokens=100)])["r"].receipt
+    (line,) = receipt.interventions
+    assert line.tokens_edited == len("The quick brown fox") + 99
+
+
+def test_receipt_shows_that_nothing_ran(load_tiny, make_engine, run) -> None:
+    """Coverage is what the kernel left, not what was asked: without the hooks there is none."""
+    engine = make_engine(load_tiny())
+    engine.close()
+    receipt = run(engine, [request("r", steer(feature(3, Op.ADD, 4.0)))])["r"].receipt
+    (line,) = receipt.interventions
+    assert line.tokens_in_scope > 0
+    assert line.tokens_covered == line.tokens_edited == 0
+    assert not receipt.steered
+
+
+def test_unsteered_receipt_claims_nothing(load_tiny, make_engine, run) -> None:
+    receipt = run(make_engine(load_tiny()), [request("r")])["r"].receipt
+    assert (receipt.plan_hash, receipt.interventions, receipt.steered) == ("", (), False)
+
+
+@contextmanager
+def logits_of(model: LoadedModel) -> Iterator[list[torch.Tensor]]:
+    seen: list[torch.Tensor] = []
+    handle = model.model.lm_head.register_forward_hook(lambda _module, _args, output: seen.append(output.clone()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def overflow(phase: Phase = Phase.ALL) -> SteeringSpec:
+    """Two edits of one coordinate, each finite, whose sum no float32 holds."""
+    vectors = np.eye(32, dtype=np.float32)[0] + np.array([[0.0], [1e-3]], dtype=np.float32) * np.eye(32, dtype=np.float32)[1]
+    targets = [DirectionTarget(Site(0, Stream.RESID_POST), vector) for vector in vectors]
+    return steer(*(Intervention(target, Op.ADD, 3e38, phase=phase) for target in targets))
+
+
+NEIGHBOURS = [
+    steer(),
+    steer(feature(4, Op.CLAMP, 9.0, always=True)),
+    steer(feature(3, Op.BLOCK), feature(6, Op.ADD, -30.0)),
+    overflow(Phase.GENERATED),
+]
+
+
+@pytest.mark.parametrize("own", [steer(), steer(feature(3, Op.ADD, 4.0))], ids=["unsteered", "steered"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neighbours_do_not_change_a_bit(dtype, own, load_tiny, make_engine, run) -> None:
+    """At a fixed batch shape, whatever the neighbours' specs; the last of them fill their rows with NaN and end."""
+    model = load_tiny(dtype=dtype)
+    results = []
+    for spec in NEIGHBOURS:
+        engine = make_engine(model, max_prefills_per_step=4)
+        with logits_of(model) as logits:
+            responses = run(engine, [request("r", own), *(request(f"n{i}", spec) for i in range(3))])
+        results.append(([step[0] for step in logits if len(step) == 4], responses["r"].token_ids))
+        engine.close()
+    for logits, token_ids in results[1:]:
+        assert logits
+        assert all(torch.equal(a, b) for a, b in zip(logits, results[0][0], strict=False))
+        assert token_ids == results[0][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_output_is_bit_identical_when_nothing_fires(dtype, load_tiny, make_engine, make_pack, run) -> None:
+    model = load_tiny(dtype=dtype)
+    asleep = steer(feature(0, Op.CLAMP, 50.0), feature(3, Op.MONITOR), feature(0, Op.MONITOR))
+    guard = make_pack(model, features=(0,), value=-5.0)
+    results = []
+    for spec, policies in ((steer(), ()), (asleep, ("mood",))):
+        engine = make_engine(model, [guard])
+        with logits_of(model) as logits:
+            run(engine, [request(f"r{i}", spec, policies=policies) for i in range(3)])
+        results.append(logits)
+        engine.close()
+    assert len(results[0]) == len(results[1])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_guard_that_reads_nonsense_ends_its_request_alone(load_tiny, make_engine, make_pack, run) -> None:
+    model = load_tiny()
+    engine = make_engine(model, [make_pack(model)], max_num_seqs=3)
+    expected = run(engine, [request("b"), request("r")])["r"].token_ids
+    responses = run(engine, [request("bad", overflow(), policies=("mood",)), request("r"), request("later")], [0, 0, 2])
+    assert isinstance(responses["bad"].error, DetectorError)
+    assert responses["bad"].finish_reason is None
+    assert responses["bad"].token_ids == []
+    assert responses["r"].token_ids == responses["later"].token_ids == expected
+
+
+@pytest.mark.parametrize("phase", [Phase.PROMPT, Phase.GENERATED])
+def test_edits_that_break_the_model_end_their_request_alone(phase, load_tiny, make_engine, run) -> None:
+    model = load_tiny()
+    engine = make_engine(model, max_num_seqs=2)
+    expected = run(engine, [request("r")])["r"].token_ids
+    # Rows are reused: what a broken request left in the KV cache must not reach the next one.
+    responses = run(engine, [request("bad", overflow(phase)), request("r"), request("later")])
+    error = responses["bad"].error
+    assert isinstance(error, InvalidRequestError)
+    assert error.field == "steering.interventions"
+    assert responses["r"].token_ids == responses["later"].token_ids == expected

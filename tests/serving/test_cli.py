@@ -1,0 +1,110 @@
+"""The command line: quick to help, one clear line for a mistake, and a real server behind it."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from steerserve import cli
+from steerserve.config import EngineConfig, ServerConfig
+from steerserve.types import SamplingParams
+
+HEAVY = ("torch", "transformers", "grpc", "numpy")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, arguments)
+
+
+@pytest.mark.parametrize("command", [[], ["serve"], ["generate"], ["info"], ["demo"], ["models"]])
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    script = (
+        "import sys; from steerserve.cli import app\n"
+        f"try: app({[*command, '--help']!r})\n"
+        f"finally: print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "Usage: " in shown
+    assert "HEAVY []" in shown
+
+
+def test_generate_streams_text_to_stdout_and_the_receipt_to_stderr(server, tiny, tokenizer) -> None:
+    result = run(
+        "generate", "Hello", "--target", server.address, "--steer", "tiny-sae/4=clamp_always:1x", "--policy", "mood@1",
+        "--max-tokens", "3", "--temperature", "0", "--activations",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert result.stdout == tokenizer.decode([tiny.policy_token] * 3) + "\n"
+    for expected in ("feature tiny-sae/4: clamp", "policy:mood@1", "receipt: steered"):
+        assert expected in result.stderr
+
+
+def test_generate_sends_a_direction_from_a_file(server, tiny, tokenizer, tmp_path) -> None:
+    np.save(tmp_path / "calm.npy", tiny.unembedding[700].numpy())
+    steer = f"direction:{tmp_path / 'calm.npy'}@{tiny.site}=add:1000"
+    options = ["--target", server.address, "--max-tokens", "2", "--temperature", "0", "--chat"]
+    result = run("generate", "Hello", "--steer", steer, *options)
+    assert result.stdout == tokenizer.decode([700, 700]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "nope"], "policies[0]: got 'nope', expected a loaded policy: mood@1"),
+        (["--steer", "nope=block"], "steering.interventions[0].concept: got 'nope', expected a loaded concept: mood"),
+        (["--steer", "mood=explode"], "steer[0] (operation): got 'explode', expected one of"),
+        (["--max-tokens", "-3"], "sampling.max_tokens: got -3, expected an integer >= 1"),
+        (["--target", "127.0.0.1:1"], "failed to connect"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(server, options, message) -> None:
+    result = run("generate", "Hello [/] world", "--target", server.address, *options)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "70000"], "--port: got 70000, expected less than or equal to 65535"),
+        (["--dtype", "int8"], "--dtype: got 'int8', expected 'bfloat16' or 'float32'"),
+        (["--model", "{tiny}", "--pack", "nope"], "'nope' is neither a directory nor one of the built-in packs"),
+        (["--model", "{smollm2}", "--pack", "{pack}"], "pack.model.fingerprint: got"),
+    ],
+)
+def test_serve_refuses_what_it_cannot_load(tiny, smollm2_dir: Path, options, message) -> None:
+    places = {"tiny": tiny.model, "pack": tiny.pack, "smollm2": smollm2_dir}
+    result = run("serve", *(option.format(**places) for option in options))
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_info_shows_what_can_be_named(server) -> None:
+    result = run("info", "--target", server.address)
+    assert result.exit_code == 0
+    for expected in ("tiny-llama", "tiny-sae: 32 features at blocks.2.hook_resid_post", "mood@1", "0 of 4 running"):
+        assert expected in result.stdout
+
+
+def test_models_list_names_the_default_model() -> None:
+    assert ServerConfig().model in run("models", "list").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [(cli.serve, ServerConfig()), (cli.serve, EngineConfig()), (cli.generate, SamplingParams())],
+)
+def test_options_left_out_mean_the_defaults_of_the_configuration(command, config) -> None:
+    defaults = {name: option.default for name, option in inspect.signature(command).parameters.items()}
+    shared = defaults.keys() & set(dir(config))
+    assert len(shared) >= 3
+    assert {name: defaults[name] for name in shared} == {name: getattr(config, name) for name in shared}

@@ -1,0 +1,206 @@
+"""Everything that crosses the wire arrives as it was sent."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steerserve import (
+    ConceptTarget,
+    DirectionTarget,
+    FeatureTarget,
+    Intervention,
+    Message,
+    Op,
+    Phase,
+    Receipt,
+    SamplingParams,
+    Site,
+    SteeringSpec,
+    Unit,
+)
+from steerserve.serving.convert import request_from_proto, request_to_proto
+from steerserve.serving.convert_response import output_from_proto, response_to_proto, step_to_proto
+from steerserve.serving.fields import proto_field
+from steerserve.types import FinishReason, GenerateRequest, InterventionReceipt, PositionScores, StepOutput, Stream
+from steerserve.v1 import generation_pb2 as pb
+from steerserve.v1 import steering_pb2
+
+names = st.text(max_size=20)
+uint32 = st.integers(0, 2**32 - 1)
+floats = st.floats(allow_nan=False)
+float32s = st.floats(width=32)
+sites = st.builds(Site, st.integers(0, 200), st.sampled_from(Stream))
+vectors = st.lists(float32s, min_size=1, max_size=8).map(lambda values: np.array(values, dtype=np.float32))
+targets = st.one_of(
+    st.builds(FeatureTarget, names, uint32),
+    st.builds(ConceptTarget, names),
+    st.builds(DirectionTarget, sites, vectors),
+)
+operands = st.one_of(
+    st.just({}), st.fixed_dictionaries({"value": floats, "unit": st.sampled_from(Unit)})
+)
+interventions = st.builds(
+    lambda target, op, operand, always, phase: Intervention(target, op, **operand, always=always, phase=phase),
+    targets, st.sampled_from(Op), operands, st.booleans(), st.sampled_from(Phase),
+)  # fmt: skip
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 2**31 - 1),
+    temperature=st.floats(0, allow_nan=False, allow_infinity=False),
+    top_p=st.floats(0, 1, exclude_min=True),
+    top_k=st.integers(0, 2**31 - 1),
+    seed=st.none() | st.integers(0, 2**63 - 1),
+    ignore_eos=st.booleans(),
+)
+prompts = st.one_of(
+    st.text(),
+    st.lists(uint32).map(tuple),
+    st.lists(st.builds(Message, names, names), min_size=1).map(tuple),
+)
+requests = st.builds(
+    GenerateRequest,
+    request_id=st.text(min_size=1, max_size=128),
+    prompt=prompts,
+    sampling=samplings,
+    steering=st.builds(SteeringSpec, st.lists(interventions, max_size=3).map(tuple)),
+    policies=st.lists(names, max_size=3).map(tuple),
+    return_activations=st.booleans(),
+)
+receipts = st.builds(
+    Receipt,
+    plan_hash=names,
+    model_fingerprint=names,
+    policies=st.lists(names).map(tuple),
+    packs=st.dictionaries(names, names),
+    interventions=st.lists(
+        st.builds(
+            InterventionReceipt,
+            source=names,
+            label=names,
+            site=sites,
+            tokens_in_scope=uint32,
+            tokens_covered=uint32,
+            tokens_edited=uint32,
+            mean_relative_edit=floats,
+            max_activation=floats,
+        )
+    ).map(tuple),
+    steered=st.booleans(),
+)
+pieces = st.builds(
+    StepOutput,
+    request_id=names,
+    token_ids=st.lists(uint32).map(tuple),
+    text=st.text(),
+    scores=st.lists(st.builds(PositionScores, uint32, vectors), max_size=3).map(tuple),
+)
+last_pieces = st.builds(
+    lambda piece, reason, count, receipt: dataclasses.replace(
+        piece, finish_reason=reason, num_prompt_tokens=count, receipt=receipt
+    ),
+    pieces, st.sampled_from(FinishReason), uint32, receipts,
+)  # fmt: skip
+
+
+def comparable(value: object) -> object:
+    """Nested tuples that compare by value: arrays by their bytes, so that NaN equals itself."""
+    if isinstance(value, np.ndarray):
+        return (value.dtype.str, value.tobytes())
+    if dataclasses.is_dataclass(value):
+        return (type(value), *(comparable(getattr(value, field.name)) for field in dataclasses.fields(value)))
+    if isinstance(value, tuple):
+        return tuple(comparable(item) for item in value)
+    return value
+
+
+@settings(deadline=None, derandomize=True)
+@given(requests)
+@pytest.mark.parametrize("message_type", [pb.GenerateRequest, pb.GenerateStreamRequest])
+def test_a_request_arrives_as_it_was_sent(message_type, request_) -> None:
+    sent = message_type.FromString(request_to_proto(request_, message_type).SerializeToString())
+    assert comparable(request_from_proto(sent)) == comparable(request_)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.one_of(pieces, last_pieces))
+def test_a_piece_arrives_as_it_was_sent(piece) -> None:
+    sent = pb.GenerateStreamResponse.FromString(step_to_proto(piece, 7).SerializeToString())
+    assert comparable(output_from_proto(sent)) == comparable(piece)
+    assert sent.HasField("finish_info") == (piece.finish_reason is not None)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(pieces, max_size=3), last_pieces)
+def test_a_response_is_its_pieces_joined(some, last) -> None:
+    outputs = [*some, last]
+    message = response_to_proto(outputs)
+    whole = output_from_proto(message)
+    assert whole.text == "".join(output.text for output in outputs)
+    assert whole.token_ids == tuple(token for output in outputs for token in output.token_ids)
+    assert comparable(whole.scores) == comparable(tuple(at for output in outputs for at in output.scores))
+    assert message.finish_info.num_generated_tokens == len(whole.token_ids)
+    assert comparable(whole.receipt) == comparable(last.receipt)
+
+
+def test_defaults_are_those_of_the_types() -> None:
+    read = request_from_proto(pb.GenerateRequest(text="x"))
+    assert (read.sampling, read.steering, read.policies) == (SamplingParams(), SteeringSpec(), ())
+    assert read.request_id
+    assert read.request_id != request_from_proto(pb.GenerateRequest(text="x")).request_id
+
+
+def test_the_documented_defaults_are_those_of_the_types() -> None:
+    """generation.proto states them in words."""
+    assert (SamplingParams().max_tokens, SamplingParams().temperature, SamplingParams().top_p) == (64, 1.0, 1.0)
+    assert (SamplingParams().top_k, SamplingParams().seed, SamplingParams().ignore_eos) == (0, None, False)
+
+
+@pytest.mark.parametrize(
+    ("field", "sent", "path"),
+    [
+        ("prompt", pb.GenerateRequest(text=""), "text"),
+        ("prompt", pb.GenerateRequest(), "prompt"),
+        ("prompt.token_ids[3]", pb.GenerateRequest(token_ids=pb.TokenIds()), "token_ids.ids[3]"),
+        ("prompt.messages", pb.GenerateRequest(messages=pb.ChatMessages()), "messages"),
+        ("sampling.top_p", pb.GenerateRequest(), "sampling.top_p"),
+        ("policies[1]", pb.GenerateRequest(), "policies[1]"),
+    ],
+)
+def test_paths_of_the_request(field, sent, path) -> None:
+    assert proto_field(field, sent) == path
+
+
+@pytest.mark.parametrize(
+    ("field", "path"),
+    [
+        ("[0].target.sae", "[0].feature.sae"),
+        ("[0].target.feature", "[0].feature.feature"),
+        ("[0].target", "[0].feature"),
+        ("[0].value", "[0].raw"),
+        ("[0].unit", "[0].raw"),
+        ("[0].op", "[0].op"),
+        ("[1].target.concept", "[1].concept"),
+        ("[1].target", "[1].concept"),
+        ("[1].value", "[1].value"),
+        ("[2].target.vector", "[2].direction.vector"),
+        ("[2].target.site", "[2].direction.site"),
+        ("[2].unit", "[2].max_activation"),
+        ("[3].target", "[3].target"),
+    ],
+)
+def test_paths_of_interventions(field, path) -> None:
+    sent = pb.GenerateStreamRequest(
+        steering=steering_pb2.SteeringSpec(
+            interventions=[
+                steering_pb2.Intervention(feature=steering_pb2.FeatureTarget(), raw=1.0),
+                steering_pb2.Intervention(concept="c"),
+                steering_pb2.Intervention(direction=steering_pb2.DirectionTarget(), max_activation=2.0),
+            ]
+        )
+    )
+    assert proto_field(f"steering.interventions{field}", sent) == f"steering.interventions{path}"

@@ -1,0 +1,171 @@
+"""Requests that end early free their slot; servers that stop or break leave no request without an end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from steerserve import SteerserveClient
+from steerserve.errors import AssetError, ServiceError
+from steerserve.serving.app import Server
+from steerserve.types import FinishReason
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+LONG = {"max_tokens": 30_000, "ignore_eos": True}
+STREAMING_CLIENT = """
+import sys
+from steerserve import SteerserveClient
+for piece in SteerserveClient(sys.argv[1]).generate_stream("Hello", max_tokens=30_000, ignore_eos=True):
+    print("streaming", flush=True)
+"""
+
+
+@pytest.fixture
+def own_server(start_server):
+    """A server that a test may stop or break."""
+    with start_server() as server:
+        yield server
+
+
+def health(address: str) -> int:
+    with grpc.insecure_channel(address) as channel:
+        return health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10).status
+
+
+def num_running(client: SteerserveClient) -> int:
+    return client.get_server_info().num_requests_running
+
+
+def test_health_covers_the_server_and_the_service(server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", "steerserve.v1.GenerationService"):
+            assert stub.Check(health_pb2.HealthCheckRequest(service=name)).status == SERVING
+
+
+def test_killing_a_streaming_client_frees_its_slot(client, server, wait_until) -> None:
+    command = [sys.executable, "-c", STREAMING_CLIENT, server.address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "streaming\n"
+        assert num_running(client) == 1
+        process.kill()
+    wait_until(lambda: num_running(client) == 0)
+    assert client.generate("Hello", max_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("rpc", ["unary", "stream"])
+def test_a_deadline_frees_the_slot(client, wait_until, rpc) -> None:
+    with pytest.raises(ServiceError) as raised:
+        if rpc == "unary":
+            client.generate("Hello", timeout=0.5, **LONG)
+        else:
+            list(client.generate_stream("Hello", timeout=0.5, **LONG))
+    assert raised.value.code == "DEADLINE_EXCEEDED"
+    wait_until(lambda: num_running(client) == 0)
+
+
+def test_closing_a_stream_frees_the_slot_and_its_id(client, wait_until) -> None:
+    for _ in range(3):
+        stream = client.generate_stream("Hello", request_id="again", **LONG)
+        assert next(stream).finish_reason is None
+        stream.close()
+        wait_until(lambda: num_running(client) == 0)
+
+
+def test_a_failing_step_ends_its_requests_and_the_server_goes_on(own_server, monkeypatch, caplog) -> None:
+    step = own_server.engine.step
+
+    def fail_once() -> None:
+        monkeypatch.setattr(own_server.engine, "step", step)
+        raise RuntimeError("secret detail")
+
+    with SteerserveClient(own_server.address) as client:
+        stream = client.generate_stream("Hello", **LONG)
+        next(stream)
+        monkeypatch.setattr(own_server.engine, "step", fail_once)
+        with pytest.raises(ServiceError) as raised:
+            list(stream)
+        assert raised.value.code == "INTERNAL"
+        assert "secret" not in str(raised.value)
+        assert "secret detail" in caplog.text
+        assert len(client.generate("Hello", max_tokens=2, ignore_eos=True).token_ids) == 2
+        assert health(own_server.address) == SERVING
+
+
+def test_an_engine_that_keeps_failing_is_reported_and_answers_with_a_status(
+    own_server, monkeypatch, wait_until
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(own_server.engine, "step", fail)
+    with SteerserveClient(own_server.address) as client:
+        with pytest.raises(ServiceError):
+            client.generate("Hello", max_tokens=2)
+        wait_until(lambda: health(own_server.address) == NOT_SERVING)
+        with pytest.raises(ServiceError) as raised:
+            client.generate("Hello", max_tokens=2)
+        assert raised.value.code == "UNAVAILABLE"
+
+
+def test_an_unexpected_exception_at_admission_is_internal_and_leaks_nothing(own_server, monkeypatch) -> None:
+    def fail(request: object) -> None:
+        raise RuntimeError("secret detail")
+
+    with SteerserveClient(own_server.address) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(own_server.engine, "add_request", fail)
+            with pytest.raises(ServiceError) as raised:
+                client.generate("Hello", max_tokens=2)
+        assert (raised.value.code, "secret" in str(raised.value)) == ("INTERNAL", False)
+        assert client.generate("Hello", max_tokens=2).token_ids
+
+
+def test_sigterm_finishes_running_streams_and_refuses_new_ones(spawn_server, tiny) -> None:
+    with spawn_server(tiny.arguments()) as (process, address), SteerserveClient(address) as client:
+        assert health(address) == SERVING
+        stream = client.generate_stream("Hello", max_tokens=500, ignore_eos=True)
+        pieces = [next(stream)]
+        process.send_signal(signal.SIGTERM)
+        with ThreadPoolExecutor(1) as pool:
+            rest = pool.submit(list, stream)
+            while health(address) == SERVING:
+                assert not rest.done(), "the stream ended before the server began to drain"
+            with pytest.raises(ServiceError) as raised:
+                client.generate("Hello", max_tokens=1)
+            pieces += rest.result(60)
+        assert raised.value.code == "UNAVAILABLE"
+        assert sum(len(piece.token_ids) for piece in pieces) == 500
+        assert pieces[-1].finish_reason is FinishReason.LENGTH
+        assert pieces[-1].receipt is not None
+        assert process.wait(20) == 0
+
+
+def test_a_drain_that_takes_too_long_ends_streams_with_a_status(spawn_server, tiny) -> None:
+    arguments = [*tiny.arguments(), "--drain-timeout-s", "0.2"]
+    with spawn_server(arguments) as (process, address), SteerserveClient(address) as client:
+        stream = client.generate_stream("Hello", **LONG)
+        next(stream)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(ServiceError) as raised:
+            list(stream)
+        assert raised.value.code == "UNAVAILABLE"
+        assert process.wait(20) == 0
+
+
+def test_a_port_in_use_is_refused(server, tiny) -> None:
+    port = int(server.address.rpartition(":")[2])
+
+    async def start_another() -> None:
+        Server(server.engine, tiny.config(port=port))
+
+    with pytest.raises(AssetError, match=str(port)):
+        asyncio.run(start_another())

@@ -1,0 +1,201 @@
+"""What a user of a running server relies on: the right text, the right steering, and proof of it."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from steerserve import (
+    ConceptTarget,
+    DirectionTarget,
+    FeatureTarget,
+    Intervention,
+    Message,
+    Op,
+    Phase,
+    SteerserveClient,
+    Unit,
+)
+from steerserve.config import ServerConfig
+from steerserve.types import FinishReason
+
+PROMPT = "The capital of France is"
+
+
+def hf_greedy(model_dir: Path, token_ids: list[int], max_tokens: int) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    inputs = torch.tensor([token_ids])
+    output = model.generate(
+        inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_tokens, do_sample=False, pad_token_id=2
+    )
+    return output[0, len(token_ids) :].tolist()
+
+
+def feature(index: int, value: float = 1.0, **changes: object) -> Intervention:
+    intervention = Intervention(
+        FeatureTarget("tiny-sae", index), Op.CLAMP, value, Unit.MAX_ACTIVATION, always=True
+    )
+    return Intervention(**(vars(intervention) | changes))
+
+
+def test_unsteered_greedy_equals_hf_generate(client, tiny, tokenizer) -> None:
+    token_ids = tokenizer(PROMPT)["input_ids"]
+    reply = client.generate(PROMPT, temperature=0, max_tokens=24)
+    assert list(reply.token_ids) == hf_greedy(tiny.model, token_ids, 24)
+    assert reply.num_prompt_tokens == len(token_ids)
+    assert not reply.receipt.steered
+    assert reply.receipt.interventions == ()
+
+
+def test_unsteered_greedy_of_a_real_model_equals_hf_generate(start_server, smollm2_dir, tokenizer) -> None:
+    config = ServerConfig(model=str(smollm2_dir), packs=(), saes=(), port=0)
+    with start_server(config, max_num_seqs=2, max_model_len=256) as server, SteerserveClient(server.address) as client:
+        reply = client.generate(PROMPT, temperature=0, max_tokens=16)
+    expected = hf_greedy(smollm2_dir, tokenizer(PROMPT)["input_ids"], 16)
+    assert list(reply.token_ids) == expected
+    assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert "Paris" in reply.text
+
+
+@pytest.mark.parametrize("steer", [[], [feature(3)], [feature(5, op=Op.ADD, always=False)]])
+def test_streaming_equals_unary(client, steer) -> None:
+    options = {"steer": steer, "policies": [], "max_tokens": 12, "seed": 7, "return_activations": True}
+    pieces = list(client.generate_stream(PROMPT, **options))
+    reply = client.generate(PROMPT, **options)
+    assert "".join(piece.text for piece in pieces) == reply.text
+    assert tuple(token for piece in pieces for token in piece.token_ids) == reply.token_ids
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert [piece.receipt for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert (pieces[-1].finish_reason, pieces[-1].receipt) == (reply.finish_reason, reply.receipt)
+    assert len(pieces) == len(reply.token_ids) == 12
+    streamed = [(at.position, at.scores.tolist()) for piece in pieces for at in piece.scores]
+    assert streamed == [(at.position, at.scores.tolist()) for at in reply.scores]
+
+
+@pytest.mark.parametrize("form", ["text", "token ids", "messages"])
+def test_every_form_of_prompt(client, tokenizer, form) -> None:
+    turns = [Message("user", "Who are you?")]
+    text = tokenizer.apply_chat_template([vars(turns[0])], tokenize=False, add_generation_prompt=True)
+    token_ids = tokenizer(text)["input_ids"]
+    prompt = {"text": text, "token ids": token_ids, "messages": turns}[form]
+    reply = client.generate(prompt, temperature=0, max_tokens=4)
+    assert reply.num_prompt_tokens == len(token_ids)
+    assert reply.token_ids == client.generate(token_ids, temperature=0, max_tokens=4).token_ids
+
+
+def test_a_feature_forces_its_token_and_the_receipt_proves_it(client, tiny, tokenizer) -> None:
+    reply = client.generate(PROMPT, steer=[feature(9)], temperature=0, max_tokens=6)
+    assert set(reply.token_ids) == {tiny.feature_token[9]}
+    (entry,) = reply.receipt.interventions
+    positions = reply.num_prompt_tokens + 5  # the last token is never fed
+    assert (entry.tokens_in_scope, entry.tokens_covered, entry.tokens_edited) == (positions,) * 3
+    assert reply.receipt.steered
+    assert entry.source == "request"
+    assert entry.site == tiny.site
+    assert entry.mean_relative_edit > 1
+    assert len(reply.receipt.plan_hash) == 64
+
+
+def test_a_direction_forces_its_token(client, tiny) -> None:
+    direction = DirectionTarget(tiny.site, tiny.unembedding[500].numpy())
+    reply = client.generate(PROMPT, steer=[Intervention(direction, Op.ADD, 1000.0)], temperature=0, max_tokens=4)
+    assert set(reply.token_ids) == {500}
+
+
+def test_a_policy_has_the_last_word_over_the_request(client, tiny) -> None:
+    reply = client.generate(PROMPT, steer=[feature(9)], policies=["mood"], temperature=0, max_tokens=4)
+    assert set(reply.token_ids) == {tiny.policy_token}
+    assert reply.receipt.policies == ("mood@1",)
+    assert [entry.source for entry in reply.receipt.interventions] == ["request", "policy:mood@1"]
+    assert list(reply.receipt.packs) == ["mood@1"]
+
+
+def test_phase_generated_leaves_the_first_token_alone(client, tiny) -> None:
+    unsteered = client.generate(PROMPT, temperature=0, max_tokens=1).token_ids
+    reply = client.generate(PROMPT, steer=[feature(2, phase=Phase.GENERATED)], temperature=0, max_tokens=4)
+    assert reply.token_ids == unsteered + (tiny.feature_token[2],) * 3
+    assert reply.receipt.interventions[0].tokens_in_scope == 3
+
+
+def test_monitoring_reads_scores_and_changes_nothing(client) -> None:
+    plain = client.generate(PROMPT, seed=1, max_tokens=5)
+    monitor = Intervention(ConceptTarget("mood"), Op.MONITOR)
+    watched = client.generate(PROMPT, seed=1, max_tokens=5, steer=[monitor], return_activations=True)
+    assert watched.token_ids == plain.token_ids
+    assert [at.position for at in watched.scores] == list(range(watched.num_prompt_tokens + 4))
+    scores = np.array([at.scores for at in watched.scores])
+    assert scores.shape[1] == 1
+    assert np.isfinite(scores).all()
+    assert math.isclose(scores.max(), watched.receipt.interventions[0].max_activation, rel_tol=1e-6)
+    assert watched.receipt.interventions[0].tokens_edited == 0
+
+
+def test_concurrent_clients_each_get_their_own_steering(server, tiny) -> None:
+    """More requests than slots, every one with another plan: each answer is its own feature's token."""
+
+    def ask(index: int) -> set[int]:
+        with SteerserveClient(server.address) as client:
+            return set(client.generate(PROMPT, steer=[feature(index)], temperature=0, max_tokens=8).token_ids)
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(12)))
+    assert answers == [{tiny.feature_token[index]} for index in range(12)]
+
+
+def test_a_seed_reproduces_a_response(client) -> None:
+    first, second, other = (client.generate(PROMPT, seed=seed, max_tokens=8).token_ids for seed in (3, 3, 4))
+    assert first == second != other
+
+
+def test_finish_reasons(client, tiny) -> None:
+    assert client.generate(PROMPT, max_tokens=2, seed=0).finish_reason is FinishReason.LENGTH
+    towards_eos = Intervention(DirectionTarget(tiny.site, tiny.unembedding[2].numpy()), Op.ADD, 1000.0)
+    stopped = client.generate(PROMPT, steer=[towards_eos], temperature=0, max_tokens=5)
+    assert (stopped.finish_reason, stopped.token_ids) == (FinishReason.STOP, (2,))
+    ignored = client.generate(PROMPT, steer=[towards_eos], temperature=0, max_tokens=5, ignore_eos=True)
+    assert (ignored.finish_reason, ignored.token_ids) == (FinishReason.LENGTH, (2,) * 5)
+
+
+def test_model_info_names_what_requests_can_name(client, tiny, server) -> None:
+    info = client.get_model_info()
+    assert (info.model_name, info.d_model, info.n_layers, info.max_model_len) == ("tiny-llama", 64, 3, 1 << 15)
+    assert info.model_fingerprint == client.generate(PROMPT, max_tokens=1).receipt.model_fingerprint
+    assert str(tiny.site) in info.sites
+    assert [(sae.name, sae.site, sae.d_sae, len(sae.sha256)) for sae in info.saes] == [
+        ("tiny-sae", str(tiny.site), 32, 64)
+    ]
+    (concept,) = info.concepts
+    assert (concept.name, concept.version, concept.num_features) == ("mood", "1", 1)
+    assert concept.evaluation_json == '{"rate": 0.5}'
+    assert list(info.policies) == ["mood@1"]
+
+
+def test_reflection_describes_the_service(server) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        requests = [
+            reflection_pb2.ServerReflectionRequest(list_services=""),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol="steerserve.v1.GenerationService"),
+        ]
+        listed, described = stub.ServerReflectionInfo(iter(requests))
+    assert {service.name for service in listed.list_services_response.service} == {
+        "steerserve.v1.GenerationService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+    file = FileDescriptorProto.FromString(described.file_descriptor_response.file_descriptor_proto[0])
+    assert [method.name for method in file.service[0].method] == [
+        "Generate",
+        "GenerateStream",
+        "GetServerInfo",
+        "GetModelInfo",
+    ]

@@ -1,0 +1,86 @@
+"""The one-line form of an intervention: what it means, and what is said when it means nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steerserve import (
+    ConceptTarget,
+    DirectionTarget,
+    FeatureTarget,
+    Intervention,
+    Op,
+    Phase,
+    Site,
+    Unit,
+    parse_intervention,
+)
+from steerserve.errors import InvalidRequestError
+
+PROFANITY = ConceptTarget("profanity")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("profanity=block", Intervention(PROFANITY, Op.BLOCK)),
+        ("profanity=clamp:-1x", Intervention(PROFANITY, Op.CLAMP, -1.0, Unit.MAX_ACTIVATION)),
+        ("profanity=clamp_always:2.5", Intervention(PROFANITY, Op.CLAMP, 2.5, always=True)),
+        ("profanity=monitor@prompt", Intervention(PROFANITY, Op.MONITOR, phase=Phase.PROMPT)),
+        ("sae/1234=scale:0.5", Intervention(FeatureTarget("sae", 1234), Op.SCALE, 0.5)),
+        ("org/sae/0=clip:1e2@generated", Intervention(FeatureTarget("org/sae", 0), Op.CLIP, 100.0, phase=Phase.GENERATED)),
+        ("a=b/3=add:1@all", Intervention(FeatureTarget("a=b", 3), Op.ADD, 1.0)),
+    ],
+)
+def test_reading(text: str, expected: Intervention) -> None:
+    assert parse_intervention(text) == expected
+
+
+@pytest.mark.parametrize("name", ["calm.npy", "a=b@c/d.npy"])
+def test_reading_a_direction(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    np.save(file, np.arange(4))
+    read = parse_intervention(f"direction:{file}@blocks.14.hook_resid_post=add:4.0")
+    assert isinstance(read.target, DirectionTarget)
+    assert read.target.site == Site.parse("blocks.14.hook_resid_post")
+    assert read.target.vector.dtype == np.float32
+    assert read.target.vector.tolist() == [0, 1, 2, 3]
+    assert (read.op, read.value) == (Op.ADD, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("", "steer"),
+        ("profanity", "steer"),
+        ("=block", "steer"),
+        ("profanity=", "steer"),
+        ("profanity=clamp:1@prompt@all", "steer"),
+        ("profanity=explode", "steer (operation)"),
+        ("profanity=clamp:loud", "steer (value)"),
+        ("profanity=clamp:", "steer (value)"),
+        ("profanity=clamp:1xx", "steer (value)"),
+        ("profanity=block@never", "steer (phase)"),
+        ("sae/first=block", "steer (target)"),
+        ("sae/-1=block", "steer (target)"),
+        ("/1=block", "steer (target)"),
+        ("direction:calm.npy=add:1", "steer (target)"),
+        ("direction:calm.npy@layer 3=add:1", "steer (site)"),
+        ("direction:no/such.npy@blocks.1.hook_resid_post=add:1", "steer (direction)"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_its_part(text: str, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        parse_intervention(text)
+    assert raised.value.field == field
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 2)), np.array(["a"]), np.array([1j]), np.float32(1)])
+def test_a_file_that_holds_no_vector_is_refused(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "wrong.npy", array)
+    with pytest.raises(InvalidRequestError, match="one vector of real numbers"):
+        parse_intervention(f"direction:{tmp_path / 'wrong.npy'}@blocks.1.hook_resid_post=block")

@@ -1,0 +1,228 @@
+"""Names become arrays, and everything wrong with a spec is refused at the path of its field."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from steerserve.errors import IncompatibleError, InvalidRequestError
+from steerserve.kernels.steer_delta import OpCode
+from steerserve.steering.compiler import compile_plan
+from steerserve.steering.plan import Stage
+from steerserve.types import (
+    ConceptTarget,
+    DirectionTarget,
+    FeatureTarget,
+    Intervention,
+    Op,
+    Phase,
+    Site,
+    SteeringSpec,
+    Stream,
+    Unit,
+)
+
+SITE = Site(2, Stream.RESID_POST)
+ONES = np.ones(8, dtype=np.float32)
+
+
+def feature(index: int, op: Op = Op.BLOCK, value: float | None = None, **rest: object) -> Intervention:
+    return Intervention(FeatureTarget("toy-sae", index), op, value, **rest)
+
+
+def concept(op: Op = Op.BLOCK, value: float | None = None, name: str = "mood", **rest: object) -> Intervention:
+    return Intervention(ConceptTarget(name), op, value, **rest)
+
+
+def direction(op: Op = Op.BLOCK, value: float | None = None, vector=ONES, site: Site = SITE, **rest) -> Intervention:
+    return Intervention(DirectionTarget(site, vector), op, value, **rest)
+
+
+def spec(*interventions: Intervention) -> SteeringSpec:
+    return SteeringSpec(interventions)
+
+
+def test_nothing_asked_gives_the_empty_plan(catalog) -> None:
+    plan = compile_plan(spec(), (), catalog)
+    assert (plan.interventions, plan.sites, plan.policies, plan.packs, plan.hash) == ((), (), (), {}, "")
+
+
+@pytest.mark.parametrize(
+    ("intervention", "codes", "values"),
+    [
+        (feature(1, Op.CLAMP, 5.0), [OpCode.CLAMP], [5]),
+        (feature(1, Op.CLAMP, 5.0, always=True), [OpCode.CLAMP_ALWAYS], [5]),
+        (feature(1, Op.CLAMP, 0.5, unit=Unit.MAX_ACTIVATION), [OpCode.CLAMP], [1]),
+        (feature(1, Op.CLIP, 5.0), [OpCode.CLIP], [5]),
+        (feature(1, Op.ADD, -5.0), [OpCode.ADD], [-5]),
+        (feature(1, Op.SCALE, 0.5), [OpCode.SCALE], [0.5]),
+        (feature(1, Op.BLOCK), [OpCode.SCALE], [0]),
+        (feature(1, Op.MONITOR), [OpCode.MONITOR], [0]),
+        (concept(Op.CLAMP, 5.0), [OpCode.CLAMP] * 2, [5, 5]),
+        (concept(Op.ADD, 2.0, unit=Unit.MAX_ACTIVATION), [OpCode.ADD] * 2, [4, 8]),
+        (direction(Op.ADD, 2.0), [OpCode.ADD], [2]),
+        (direction(Op.CLIP, 2.0), [OpCode.CLIP], [2]),
+    ],
+)
+def test_ops_and_values(intervention, codes, values, catalog) -> None:
+    (part,) = compile_plan(spec(intervention), (), catalog).sites
+    assert part.op.tolist() == codes
+    assert part.value.tolist() == values
+    assert (part.op.dtype, part.value.dtype, part.row.dtype) == (np.uint8, np.float32, np.int32)
+
+
+def test_feature_rows_have_the_bias_folded_in(catalog, sae) -> None:
+    (part,) = compile_plan(spec(feature(4)), (), catalog).sites
+    np.testing.assert_array_equal(part.rows.W_enc[0], sae.W_enc[:, 4])
+    np.testing.assert_array_equal(part.rows.W_dec[0], sae.W_dec[4])
+    np.testing.assert_allclose(part.rows.b_enc[0], sae.b_enc[4] - sae.b_dec @ sae.W_enc[:, 4], rtol=1e-5)
+    assert part.rows.threshold[0] == sae.threshold[4]
+
+
+@pytest.mark.parametrize("length", [1.0, 1e-30, 1e30])
+def test_only_the_direction_of_a_vector_counts(length, catalog) -> None:
+    (part,) = compile_plan(spec(direction(vector=length * ONES)), (), catalog).sites
+    np.testing.assert_allclose(part.rows.W_enc[0], ONES / np.sqrt(8), rtol=1e-6)
+    assert part.rows.threshold[0] == -np.inf
+
+
+def test_a_policy_runs_the_calibrated_action_after_the_request(catalog) -> None:
+    plan = compile_plan(spec(feature(1, Op.ADD, 3.0, phase=Phase.GENERATED)), ("mood@2",), catalog)
+    request, policy = plan.interventions
+    assert (request.source, request.label, request.phase) == ("request", "feature toy-sae/1: add 3", Phase.GENERATED)
+    assert (policy.source, policy.label, policy.phase) == ("policy:mood@2", "concept mood: clamp always", Phase.ALL)
+    assert [part.stage for part in plan.sites] == [Stage.REQUEST, Stage.POLICY]
+    assert plan.sites[1].op.tolist() == [OpCode.CLAMP_ALWAYS] * 2
+    assert plan.sites[1].value.tolist() == [-1, -2]
+    assert plan.sites[1].intervention.tolist() == [1, 1]
+    assert policy.weight.tolist() == [10, 20]
+    assert plan.policies == ("mood@2",)
+    assert plan.packs == {"mood@2": catalog.packs["mood"].sha256}
+
+
+def test_gram_gives_the_length_of_an_edit(catalog, sae) -> None:
+    (planned,) = compile_plan(spec(concept()), (), catalog).interventions
+    edit = np.array([0.5, -2.0])
+    moved = edit @ sae.W_dec[[1, 3]].double().numpy()
+    assert edit @ planned.gram @ edit == pytest.approx(moved @ moved, rel=1e-5)
+
+
+def test_interventions_at_several_sites_are_grouped_in_model_order(catalog) -> None:
+    early = direction(Op.ADD, 1.0, site=Site(0, Stream.MLP_OUT))
+    plan = compile_plan(spec(feature(1), early, feature(4)), (), catalog)
+    assert [part.site.layer for part in plan.sites] == [0, 2]
+    assert plan.sites[1].intervention.tolist() == [0, 2]
+
+
+def test_a_feature_may_be_edited_once_and_monitored_beside(catalog) -> None:
+    plan = compile_plan(spec(feature(1, Op.BLOCK), feature(1, Op.MONITOR), feature(1, Op.MONITOR)), (), catalog)
+    (part,) = plan.sites
+    assert len(part.rows) == 1
+    assert part.row.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("interventions", "error", "field", "expected"),
+    [
+        ([feature(1), replace(feature(1), target=FeatureTarget("toy", 1))], InvalidRequestError,
+         "steering.interventions[1].target.sae", "toy-sae"),
+        ([feature(6)], InvalidRequestError, "steering.interventions[0].target.feature", "from 0 to 5"),
+        ([feature(-1)], InvalidRequestError, "steering.interventions[0].target.feature", "from 0 to 5"),
+        ([concept(name="modo")], InvalidRequestError, "steering.interventions[0].target.concept", "mood"),
+        ([direction(site=Site(4, Stream.RESID_POST))], IncompatibleError,
+         "steering.interventions[0].target.site", "from 0 to 3"),
+        ([direction(vector=ONES[:7])], IncompatibleError, "steering.interventions[0].target.vector", "[8]"),
+        ([direction(vector=ONES[None])], IncompatibleError, "steering.interventions[0].target.vector", "[8]"),
+        ([direction(vector=ONES * np.nan)], InvalidRequestError, "steering.interventions[0].target.vector", "finite"),
+        ([direction(vector=ONES * np.inf)], InvalidRequestError, "steering.interventions[0].target.vector", "finite"),
+        ([direction(vector=ONES * 0)], InvalidRequestError, "steering.interventions[0].target.vector", "direction"),
+        ([feature(1, Op.ADD, float("nan"))], InvalidRequestError, "steering.interventions[0].value", "finite"),
+        ([feature(1, Op.ADD, float("-inf"))], InvalidRequestError, "steering.interventions[0].value", "finite"),
+        ([feature(1, Op.ADD, 1e39)], InvalidRequestError, "steering.interventions[0].value", "float32"),
+        ([feature(1, Op.CLAMP)], InvalidRequestError, "steering.interventions[0].value", "clamp needs one"),
+        ([concept(Op.SCALE)], InvalidRequestError, "steering.interventions[0].value", "scale needs one"),
+        ([feature(1, Op.BLOCK, 0.0)], InvalidRequestError, "steering.interventions[0].value", "block takes none"),
+        ([feature(1, Op.MONITOR, 1.0)], InvalidRequestError, "steering.interventions[0].value", "monitor takes none"),
+        ([direction(Op.ADD, 1.0, unit=Unit.MAX_ACTIVATION)], InvalidRequestError,
+         "steering.interventions[0].unit", "no recorded maximum"),
+        ([feature(5, Op.ADD, 1.0, unit=Unit.MAX_ACTIVATION)], InvalidRequestError,
+         "steering.interventions[0].unit", "no recorded maximum"),
+        ([feature(1, Op.SCALE, 1.0, unit=Unit.MAX_ACTIVATION)], InvalidRequestError,
+         "steering.interventions[0].unit", "raw"),
+        ([feature(1, Op.ADD, 1.0, always=True)], InvalidRequestError, "steering.interventions[0].always", "clamp"),
+        ([direction(Op.CLAMP, 1.0)], InvalidRequestError, "steering.interventions[0].op", "add, clip, block"),
+        ([feature(1), feature(2), feature(1, Op.ADD, 1.0)], InvalidRequestError,
+         "steering.interventions[2].target", "steering.interventions[0]"),
+        ([feature(3), concept()], InvalidRequestError, "steering.interventions[1].target", "steering.interventions[0]"),
+        ([direction(), direction(Op.ADD, 1.0, vector=3 * ONES)], InvalidRequestError,
+         "steering.interventions[1].target", "steering.interventions[0]"),
+    ],
+)  # fmt: skip
+def test_wrong_interventions_are_refused_by_field(interventions, error, field, expected, catalog) -> None:
+    with pytest.raises(error) as caught:
+        compile_plan(spec(*interventions), (), catalog)
+    assert type(caught.value) is error
+    assert caught.value.field == field
+    assert expected in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    ("policies", "field", "expected"),
+    [
+        (("mood", "anger"), "policies[1]", "mood@2"),
+        (("mood@1",), "policies[0]", "mood@2"),
+        (("mood@",), "policies[0]", "mood@2"),
+        (("mood", "mood@2"), "policies[1]", "already named"),
+    ],
+)
+def test_wrong_policies_are_refused_by_field(policies, field, expected, catalog) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        compile_plan(spec(), policies, catalog)
+    assert caught.value.field == field
+    assert expected in caught.value.expected
+
+
+def test_policies_that_edit_one_feature_are_refused(catalog, make_pack) -> None:
+    other = make_pack(features=(3, 4), name="other")
+    both = replace(catalog, packs={**catalog.packs, "other": other})
+    with pytest.raises(InvalidRequestError) as caught:
+        compile_plan(spec(), ("mood", "other"), both)
+    assert caught.value.field == "policies[1]"
+    # A request may touch what a policy edits: the stages have an order.
+    assert compile_plan(spec(feature(3)), ("mood",), catalog).hash
+
+
+def test_features_without_recorded_maxima_refuse_relative_values(catalog, sae) -> None:
+    bare = replace(catalog, saes={"toy-sae": replace(sae, max_activation=None)})
+    with pytest.raises(InvalidRequestError, match="no recorded maximum"):
+        compile_plan(spec(feature(1, Op.ADD, 1.0, unit=Unit.MAX_ACTIVATION)), (), bare)
+
+
+def test_long_lists_of_names_are_cut_to_the_nearest(catalog, make_pack) -> None:
+    pack = catalog.packs["mood"]
+    many = replace(catalog, packs={f"concept-{i}": pack for i in range(20)})
+    with pytest.raises(InvalidRequestError) as caught:
+        compile_plan(spec(concept(name="concept-1x")), (), many)
+    assert "concept-1," in caught.value.expected
+    assert caught.value.expected.count("concept-") == 8
+
+
+def test_the_hash_covers_everything_that_runs(catalog) -> None:
+    variants = [
+        (spec(feature(1, Op.ADD, 1.0)), ()),
+        (spec(feature(1, Op.ADD, 2.0)), ()),
+        (spec(feature(2, Op.ADD, 1.0)), ()),
+        (spec(feature(1, Op.CLIP, 1.0)), ()),
+        (spec(feature(1, Op.ADD, 1.0, phase=Phase.PROMPT)), ()),
+        (spec(feature(1, Op.ADD, 1.0)), ("mood",)),
+        (spec(), ("mood",)),
+        (spec(concept()), ()),
+        (spec(direction(Op.ADD, 1.0)), ()),
+        (spec(direction(Op.ADD, 1.0, vector=-ONES)), ()),
+        (spec(direction(Op.ADD, 1.0, site=Site(2, Stream.RESID_PRE))), ()),
+    ]
+    hashes = [compile_plan(*variant, catalog).hash for variant in variants]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes == [compile_plan(*variant, catalog).hash for variant in variants]

@@ -1,0 +1,130 @@
+"""Packs survive the disk and are refused when damaged or made for another model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from steerserve.errors import AssetError, IncompatibleError
+from steerserve.sae.saelens import save_sae
+from steerserve.steering.catalog import Catalog
+from steerserve.steering.packs import PackTensors, load_pack, save_pack
+
+
+def test_a_pack_survives_the_disk(card, make_tensors, tmp_path) -> None:
+    saved = save_pack(card, make_tensors(), tmp_path / "p")
+    loaded = load_pack(tmp_path / "p")
+    assert loaded.card == card
+    assert (loaded.name, loaded.tag, loaded.sha256) == ("mood", "mood@2", saved.sha256)
+    for tensor in fields(PackTensors):
+        expected = getattr(make_tensors(), tensor.name)
+        np.testing.assert_array_equal(getattr(loaded.tensors, tensor.name), expected)
+    assert loaded.rows().keys == ((f"pack:{loaded.sha256}", 0), (f"pack:{loaded.sha256}", 1))
+
+
+def test_the_hash_covers_both_files(make_pack, tmp_path) -> None:
+    pack = make_pack()
+    directory = tmp_path / "mood"
+    directory.joinpath("card.json").write_text(directory.joinpath("card.json").read_text().replace("test", "best"))
+    assert load_pack(directory).sha256 != pack.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"format": "steerserve.pack/2"}, "format"),
+        ({"name": "two words"}, "name"),
+        ({"version": 1}, "version"),
+        ({"site": "layer 3"}, "site"),
+        ({"score_threshold": "high"}, "score_threshold"),
+        ({"policy": {"op": "explode"}}, "policy.op"),
+        ({"policy": {"op": "block", "always": True}}, "always is for clamp"),
+        ({"model": {"name": "toy", "fingerprint": "short"}}, "model.fingerprint"),
+        ({"sae": None}, "names none"),
+        ({"extra": 1}, "extra"),
+    ],
+)
+def test_wrong_cards_are_refused(change, complaint, make_pack, tmp_path) -> None:
+    make_pack()
+    card = tmp_path / "mood" / "card.json"
+    card.write_text(json.dumps(json.loads(card.read_text()) | change))
+    with pytest.raises(AssetError, match=complaint):
+        load_pack(tmp_path / "mood")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"b_enc": np.zeros(3, np.float32)}, "b_enc: float32 .3., expected float32 .2."),
+        ({"W_dec": np.zeros((2, 7), np.float32)}, "W_dec"),
+        ({"W_enc": np.zeros(2, np.float32)}, "W_enc"),
+        ({"W_enc": np.zeros((0, 8), np.float32)}, "W_enc"),
+        ({"weight": np.zeros(2, np.float64)}, "weight: float64"),
+        ({"value": np.array([1, np.nan], np.float32)}, "value: NaN"),
+        ({"threshold": np.array([1, np.inf], np.float32)}, "threshold: NaN or infinite"),
+        ({"feature_ids": np.array([3, 3])}, "twice"),
+        ({"surplus": np.zeros(2, np.float32)}, "surplus"),
+    ],
+)
+def test_wrong_tensors_are_refused(change, complaint, make_pack, tmp_path) -> None:
+    make_pack()
+    file = tmp_path / "mood" / "pack.safetensors"
+    save_file(load_file(file) | change, file)
+    with pytest.raises(AssetError, match=complaint):
+        load_pack(tmp_path / "mood")
+
+
+def test_damaged_or_missing_files_are_refused(make_pack, tmp_path) -> None:
+    make_pack()
+    file = tmp_path / "mood" / "pack.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(AssetError, match="damaged"):
+        load_pack(tmp_path / "mood")
+    file.unlink()
+    with pytest.raises(AssetError, match=r"pack\.safetensors"):
+        load_pack(tmp_path / "mood")
+
+
+def test_invalid_tensors_are_not_written(card, make_tensors, tmp_path) -> None:
+    with pytest.raises(AssetError, match="value"):
+        save_pack(card, make_tensors(value=np.array([np.inf, 0], np.float32)), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"fingerprint": "0" * 64}, "pack.model.fingerprint"),
+        ({"d_model": 16}, "pack.W_enc"),
+        ({"n_layers": 2}, "pack.site"),
+    ],
+)
+def test_a_pack_for_another_model_is_refused(change, field, facts, make_pack, tmp_path) -> None:
+    make_pack()
+    with pytest.raises(IncompatibleError) as caught:
+        Catalog.load(replace(facts, **change), packs=[str(tmp_path / "mood")])
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(("change", "field"), [({"d_model": 16}, "sae.d_in"), ({"n_layers": 2}, "sae.site")])
+def test_an_sae_for_another_model_is_refused(change, field, facts, sae, tmp_path) -> None:
+    save_sae(sae, tmp_path / "toy-sae")
+    with pytest.raises(IncompatibleError) as caught:
+        Catalog.load(replace(facts, **change), saes=[str(tmp_path / "toy-sae")])
+    assert caught.value.field == field
+
+
+def test_catalog_loads_by_path_and_refuses_unknown_names_and_doubles(facts, sae, make_pack, tmp_path) -> None:
+    make_pack()
+    save_sae(sae, tmp_path / "toy-sae")
+    pack_dir = str(tmp_path / "mood")
+    catalog = Catalog.load(facts, packs=[pack_dir], saes=[str(tmp_path / "toy-sae")])
+    assert (list(catalog.packs), list(catalog.saes)) == (["mood"], ["toy-sae"])
+    with pytest.raises(AssetError, match="built-in packs"):
+        Catalog.load(facts, packs=["no-such-pack"])
+    with pytest.raises(AssetError, match="two loaded"):
+        Catalog.load(facts, packs=[pack_dir, pack_dir])

@@ -21,6 +21,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+	CXXFLAGS=-Werror $(BIN)/python setup.py -q build_ext --build-temp build/lint --build-lib build/lint
 
 check: lint test
 

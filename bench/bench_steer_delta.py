@@ -41,6 +41,7 @@ def arguments(num_rows: int, k: int, d: int) -> list[Tensor]:
         torch.randn(nnz, d) / d**0.5,
         torch.zeros(nnz),
         torch.zeros(nnz),
+        torch.full((nnz,), torch.inf),
         torch.randn(nnz, d) / d**0.5,
         torch.zeros(nnz),
         torch.zeros(nnz),

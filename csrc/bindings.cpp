@@ -20,8 +20,8 @@ T* pointer(uintptr_t address) {
 
 void bind_steer_delta(uintptr_t x, bool x_is_bf16, int64_t x_row_stride, int64_t num_rows, int64_t d, uintptr_t ptr,
                       int64_t num_stages, uintptr_t slot, uintptr_t op, uintptr_t value, int64_t nnz, uintptr_t W_enc,
-                      uintptr_t b_enc, uintptr_t threshold, uintptr_t W_dec, int64_t num_slots, uintptr_t activation,
-                      uintptr_t edit, uintptr_t x_norm, int num_threads) {
+                      uintptr_t b_enc, uintptr_t threshold, uintptr_t max_norm, uintptr_t W_dec, int64_t num_slots,
+                      uintptr_t activation, uintptr_t edit, uintptr_t x_norm, int num_threads) {
   const SteerDeltaArgs args{
       pointer<void>(x),
       x_is_bf16,
@@ -37,6 +37,7 @@ void bind_steer_delta(uintptr_t x, bool x_is_bf16, int64_t x_row_stride, int64_t
       pointer<const float>(W_enc),
       pointer<const float>(b_enc),
       pointer<const float>(threshold),
+      pointer<const float>(max_norm),
       pointer<const float>(W_dec),
       num_slots,
       pointer<float>(activation),

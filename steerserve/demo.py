@@ -34,7 +34,7 @@ NUM_SHOWN = 4
 SEEDS = (1, 2)
 NUM_RESAMPLES = 2000
 _CONCURRENCY = 16
-_MONITOR = Intervention(ConceptTarget(CONCEPT), Op.MONITOR)
+MONITOR = Intervention(ConceptTarget(CONCEPT), Op.MONITOR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,10 @@ def read_prompts(path: Path) -> list[str]:
         AssetError: the file cannot be read, or a line holds no prompt.
     """
     try:
-        return [str(json.loads(line)["prompt"]) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        prompts = [str(json.loads(line)["prompt"]) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError("no line")
+        return prompts
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AssetError(f"{path}: expected JSON lines with a 'prompt' each ({error!r})") from error
 
@@ -176,7 +179,7 @@ def _options(seed: int, guard: bool, return_activations: bool = False) -> Genera
         max_tokens=MAX_TOKENS,
         seed=seed,
         policies=[CONCEPT] if guard else [],
-        steer=[] if guard else [_MONITOR],
+        steer=[] if guard else [MONITOR],
         return_activations=return_activations,
     )
 

@@ -1,10 +1,10 @@
 // steer_delta: edit features of an activation in place, each row by its own plan.
 //
 // Take one row x [d] and one of its stages, with entries j = (slot, op, value). The bank holds one feature per
-// slot: encoder row w, bias b, threshold t, decoder row u. In fp32:
+// slot: encoder row w, bias b, threshold t, largest norm m, decoder row u. In fp32:
 //
 //     pre_j = x · w_j + b_j
-//     f_j   = pre_j if pre_j > t_j else 0                the feature, as its SAE computes it
+//     f_j   = pre_j if pre_j > t_j and |x| <= m_j else 0     the feature, as its SAE computes it
 //     e_j   = f'_j − f_j, with f'_j = op_j(f_j, value_j)
 //     x    <- x + Σ_j e_j u_j                            rounded once, to the type of x
 //
@@ -50,6 +50,7 @@ struct SteerDeltaArgs {
   const float* W_enc;      // [num_slots, d]
   const float* b_enc;      // [num_slots]
   const float* threshold;  // [num_slots]
+  const float* max_norm;   // [num_slots]
   const float* W_dec;      // [num_slots, d]
   int64_t num_slots;
   float* activation;  // out [nnz]: f

@@ -64,7 +64,10 @@ void dot(const float* x, const float* const* w, int64_t d, float* out) {
   for (int j = 0; j < J; ++j) out[j] = (even[j] + odd[j]).sum();
 }
 
-inline float activate(float pre, float threshold) { return pre > threshold || !__builtin_isfinite(pre) ? pre : 0.0f; }
+// A NaN fails every comparison, so the tests are for what makes f zero.
+inline float activate(float pre, float threshold, float x_norm, float max_norm) {
+  return __builtin_isfinite(pre) && (pre <= threshold || x_norm > max_norm) ? 0.0f : pre;
+}
 
 inline float edit_of(uint8_t op, float f, float value) {
   if (!__builtin_isfinite(f)) return 0.0f;
@@ -86,7 +89,7 @@ inline float edit_of(uint8_t op, float f, float value) {
 
 // Activations and edits of entries [begin, begin + J). Returns whether any edit is not zero.
 template <class V, int J>
-bool probe(const SteerDeltaArgs& args, const float* x, int64_t begin) {
+bool probe(const SteerDeltaArgs& args, const float* x, float x_norm, int64_t begin) {
   const float* w[J];
   float products[J];
   for (int j = 0; j < J; ++j) w[j] = args.W_enc + args.slot[begin + j] * args.d;
@@ -94,7 +97,7 @@ bool probe(const SteerDeltaArgs& args, const float* x, int64_t begin) {
   bool changes = false;
   for (int j = 0; j < J; ++j) {
     const int64_t entry = begin + j, slot = args.slot[entry];
-    const float f = activate(products[j] + args.b_enc[slot], args.threshold[slot]);
+    const float f = activate(products[j] + args.b_enc[slot], args.threshold[slot], x_norm, args.max_norm[slot]);
     args.activation[entry] = f;
     args.edit[entry] = edit_of(args.op[entry], f, args.value[entry]);
     changes |= args.edit[entry] != 0.0f;
@@ -147,11 +150,13 @@ void steer_row(const SteerDeltaArgs& args, int64_t row, float* scratch) {
     float* wide = widen(x, args.d, scratch);
     float square;
     dot<V, 1>(wide, &wide, args.d, &square);
-    args.x_norm[stage] = __builtin_sqrtf(square);
+    const float x_norm = __builtin_sqrtf(square);
+    args.x_norm[stage] = x_norm;
     bool changes = false;
     int64_t entry = begin;
-    for (; entry + kRowsAtOnce <= end; entry += kRowsAtOnce) changes |= probe<V, kRowsAtOnce>(args, wide, entry);
-    for (; entry < end; ++entry) changes |= probe<V, 1>(args, wide, entry);
+    for (; entry + kRowsAtOnce <= end; entry += kRowsAtOnce)
+      changes |= probe<V, kRowsAtOnce>(args, wide, x_norm, entry);
+    for (; entry < end; ++entry) changes |= probe<V, 1>(args, wide, x_norm, entry);
     if (!changes) continue;
     apply<V>(args, begin, end, wide);
     narrow(wide, args.d, x);

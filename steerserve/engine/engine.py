@@ -172,7 +172,7 @@ class Engine:
         ]
         sound = [row for row in range(len(sequences)) if row not in failed]
         params = [sequences[row].request.sampling for row in sound]
-        tokens = sample(logits[sound], params, [sequences[row].draw_uniform() for row in sound])
+        tokens = sample(logits[sound] if failed else logits, params, [sequences[row].draw_uniform() for row in sound])
         for row, token in zip(sound, tokens, strict=True):
             sequences[row].token_ids.append(token)
         reasons = {row: sequences[row].finish_reason(self.model.eos_token_ids) for row in sound}

@@ -98,7 +98,7 @@ class FeatureBank:
             return torch.zeros(shape, dtype=torch.float32)
 
         size, d_model = self._capacity, self._d_model
-        arrays = SiteBank(buffer(size, d_model), buffer(size), buffer(size), buffer(size, d_model))
+        arrays = SiteBank(buffer(size, d_model), buffer(size), buffer(size), buffer(size), buffer(size, d_model))
         return _SiteRows(arrays, free=list(range(size - 1, -1, -1)))
 
 
@@ -111,4 +111,5 @@ def _write(arrays: SiteBank, slots: list[int], features: FeatureRows, index: lis
     arrays.W_enc[where] = torch.from_numpy(features.W_enc[index])
     arrays.b_enc[where] = torch.from_numpy(features.b_enc[index])
     arrays.threshold[where] = torch.from_numpy(features.threshold[index])
+    arrays.max_norm[where] = torch.from_numpy(features.max_norm[index])
     arrays.W_dec[where] = torch.from_numpy(features.W_dec[index])

@@ -1,6 +1,6 @@
 """Draw the next token of every row; a row's draw depends on its own logits, parameters and number.
 
-Softmax is float32; a row is drawn by inverting its cumulative distribution at one uniform number
+Probabilities are float32; a row is drawn by inverting its cumulative distribution at one uniform number
 from the request's own generator, so a seed reproduces a response whatever runs beside it.
 """
 
@@ -21,54 +21,62 @@ SMALLEST_TEMPERATURE = 1e-6
 
 
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
-    """Token ids ``[B]`` for ``logits[B, vocab]``, float32 and with a finite maximum in every row.
+    """Token ids ``[B]``.
 
     Args:
+        logits: ``[B, vocab]`` float32 with a finite maximum in every row; overwritten.
         uniforms: ``[B]`` in [0, 1); not used by greedy rows.
     """
-    tokens: list[int] = logits.numpy().argmax(axis=-1).tolist()
     drawn = [row for row, row_params in enumerate(params) if row_params.temperature > 0]
-    if not drawn:
-        return tokens
-    probabilities = _softmax(logits[drawn], [params[row].temperature for row in drawn])
-    mass = probabilities.cumsum(dim=-1).numpy()
-    for index, row in enumerate(drawn):
-        top_k, top_p = params[row].top_k, params[row].top_p
-        if top_k or top_p < 1:
-            tokens[row] = _draw_filtered(probabilities[index], top_k, top_p, uniforms[row])
-        else:
-            tokens[row] = _draw(mass[index], uniforms[row])
+    if len(drawn) == len(params):
+        return _draw_all(logits, params, uniforms)
+    tokens: list[int] = logits.numpy().argmax(axis=-1).tolist()
+    if drawn:
+        chosen = _draw_all(logits[drawn], [params[row] for row in drawn], [uniforms[row] for row in drawn])
+        for row, token in zip(drawn, chosen, strict=True):
+            tokens[row] = token
     return tokens
 
 
-def _softmax(logits: torch.Tensor, temperatures: Sequence[float]) -> torch.Tensor:
-    # Centred first: a small temperature would overflow large logits to inf − inf.
-    scale = torch.tensor([max(temperature, SMALLEST_TEMPERATURE) for temperature in temperatures])
-    centred = logits - logits.amax(dim=-1, keepdim=True)
-    return torch.softmax(centred.div_(scale[:, None]), dim=-1)
+def _draw_all(logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
+    scale = torch.tensor([max(row.temperature, SMALLEST_TEMPERATURE) for row in params])
+    # In place: the logits of a batch are megabytes, and fresh pages cost more than the arithmetic.
+    # Centred before they are scaled: a small temperature would overflow large logits to inf − inf.
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(scale[:, None]).exp_()
+    return [
+        _draw_filtered(row, row_params.top_k, row_params.top_p, uniform)
+        if row_params.top_k or row_params.top_p < 1
+        else _draw(_running_sum(row), uniform)
+        for row, row_params, uniform in zip(weights, params, uniforms, strict=True)
+    ]
 
 
-def _draw_filtered(probabilities: torch.Tensor, top_k: int, top_p: float, uniform: float) -> int:
-    """Draw among the ``top_k`` most likely tokens, cut to the fewest that hold ``top_p`` of their mass."""
-    candidates, ids = _most_likely(probabilities, top_k, top_p)
-    mass = candidates.cumsum(dim=0).numpy()
-    needed = top_p * (float(mass[-1]) if top_k else 1.0)
-    kept = int(np.searchsorted(mass, np.float32(needed), side="left")) + 1
+def _draw_filtered(weights: torch.Tensor, top_k: int, top_p: float, uniform: float) -> int:
+    """Draw among the ``top_k`` largest weights, cut to the fewest that hold ``top_p`` of their sum."""
+    if top_k:
+        candidates, ids = weights.topk(min(top_k, len(weights)))
+        total = float(candidates.sum())
+    else:
+        total = float(weights.sum())
+        candidates, ids = _largest_holding(weights, top_p * total)
+    mass = _running_sum(candidates)
+    kept = int(np.searchsorted(mass, np.float32(top_p * total), side="left")) + 1
     return int(ids[_draw(mass[:kept], uniform)])
 
 
-def _most_likely(probabilities: torch.Tensor, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities in descending order and their token ids: ``top_k`` of them, or enough to hold ``top_p``."""
-    size = len(probabilities)
-    if top_k:
-        candidates, ids = probabilities.topk(min(top_k, size))
-        return candidates, ids
+def _largest_holding(weights: torch.Tensor, needed: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Enough of the largest weights to sum to ``needed``, in descending order, and their indices."""
     for count in TOP_P_CANDIDATES:
-        candidates, ids = probabilities.topk(min(count, size))
-        if float(candidates.sum()) >= top_p:
+        candidates, ids = weights.topk(min(count, len(weights)))
+        if float(candidates.sum()) >= needed:
             return candidates, ids
-    candidates, ids = probabilities.sort(descending=True)
+    candidates, ids = weights.sort(descending=True)
     return candidates, ids
+
+
+def _running_sum(weights: torch.Tensor) -> FloatArray:
+    mass: FloatArray = torch.cumsum(weights, dim=0, out=weights).numpy()
+    return mass
 
 
 def _draw(mass: FloatArray, uniform: float) -> int:

@@ -13,6 +13,7 @@ def steer_delta(
     W_enc: int,
     b_enc: int,
     threshold: int,
+    max_norm: int,
     W_dec: int,
     num_slots: int,
     activation: int,

@@ -40,6 +40,7 @@ def steer_delta_(
     W_enc: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
+    max_norm: Tensor,
     W_dec: Tensor,
     activation: Tensor,
     edit: Tensor,
@@ -57,9 +58,10 @@ def steer_delta_(
         slot: ``[nnz]`` int32, row of the bank.
         op: ``[nnz]`` uint8, an ``OpCode``.
         value: ``[nnz]`` float32, finite; the operand.
-        W_enc: ``[K, d]`` float32; the bank, with ``b_enc`` ``[K]``, ``threshold`` ``[K]`` and ``W_dec`` ``[K, d]``.
-        activation: ``[nnz]`` float32. Written: f = pre if pre > threshold else 0, pre = x·W_enc + b_enc. A
-            non-finite pre is passed on as it is.
+        W_enc: ``[K, d]`` float32; the bank, with ``b_enc``, ``threshold`` and ``max_norm`` ``[K]`` and ``W_dec``
+            ``[K, d]``.
+        activation: ``[nnz]`` float32. Written: f = pre if pre > threshold and |x| <= max_norm else 0, with
+            pre = x·W_enc + b_enc. A non-finite pre is passed on as it is.
         edit: ``[nnz]`` float32. Written: f' − f; 0 where f is not finite.
         x_norm: ``[N*S]`` float32. Written only for stages that have entries: |x| as the stage saw it.
 
@@ -67,7 +69,9 @@ def steer_delta_(
         TypeError: an argument has the wrong dtype; the message names it.
         ValueError: an argument has the wrong shape, strides or range; the message names it. ``x`` is unchanged.
     """
-    torch.ops.steerserve.steer_delta_(x, ptr, slot, op, value, W_enc, b_enc, threshold, W_dec, activation, edit, x_norm)
+    torch.ops.steerserve.steer_delta_(
+        x, ptr, slot, op, value, W_enc, b_enc, threshold, max_norm, W_dec, activation, edit, x_norm
+    )
 
 
 def steer_delta_ref_(
@@ -79,6 +83,7 @@ def steer_delta_ref_(
     W_enc: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
+    max_norm: Tensor,
     W_dec: Tensor,
     activation: Tensor,
     edit: Tensor,
@@ -92,10 +97,12 @@ def steer_delta_ref_(
         row, bank = segment[entries] // num_stages, slot[entries].long()
         seen = x.float()
         pre = (seen[row] * W_enc[bank]).sum(-1) + b_enc[bank]
-        f = torch.where((pre > threshold[bank]) | ~pre.isfinite(), pre, 0.0)
+        norm = torch.linalg.vector_norm(seen, dim=-1)[row]
+        silent = (pre <= threshold[bank]) | (norm > max_norm[bank])
+        f = torch.where(silent & pre.isfinite(), 0.0, pre)
         e = _edit_of(op[entries], f, value[entries])
         activation[entries], edit[entries] = f, e
-        x_norm[row * num_stages + stage] = torch.linalg.vector_norm(seen, dim=-1)[row]
+        x_norm[row * num_stages + stage] = norm
         changed = row[e != 0].unique()
         x[changed] = seen.index_add(0, row, e[:, None] * W_dec[bank])[changed].to(x.dtype)
 
@@ -126,6 +133,7 @@ def _steer_delta_cpu(
     W_enc: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
+    max_norm: Tensor,
     W_dec: Tensor,
     activation: Tensor,
     edit: Tensor,
@@ -142,6 +150,7 @@ def _steer_delta_cpu(
     _check("W_enc", W_enc, _F32, (num_slots, d))
     _check("b_enc", b_enc, _F32, (num_slots,))
     _check("threshold", threshold, _F32, (num_slots,))
+    _check("max_norm", max_norm, _F32, (num_slots,))
     _check("W_dec", W_dec, _F32, (num_slots, d))
     _check("activation", activation, _F32, (nnz,))
     _check("edit", edit, _F32, (nnz,))
@@ -161,6 +170,7 @@ def _steer_delta_cpu(
         W_enc.data_ptr(),
         b_enc.data_ptr(),
         threshold.data_ptr(),
+        max_norm.data_ptr(),
         W_dec.data_ptr(),
         num_slots,
         activation.data_ptr(),
@@ -196,7 +206,7 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 _LIBRARY = torch.library.Library("steerserve", "FRAGMENT")
 _LIBRARY.define(
     "steer_delta_(Tensor(a!) x, Tensor ptr, Tensor slot, Tensor op, Tensor value, Tensor W_enc, Tensor b_enc, "
-    "Tensor threshold, Tensor W_dec, Tensor(b!) activation, Tensor(c!) edit, Tensor(d!) x_norm) -> ()"
+    "Tensor threshold, Tensor max_norm, Tensor W_dec, Tensor(b!) activation, Tensor(c!) edit, Tensor(d!) x_norm) -> ()"
 )
 _LIBRARY.impl("steer_delta_", _steer_delta_cpu, "CPU")
 torch.library.register_fake("steerserve::steer_delta_", lambda *_: None, lib=_LIBRARY)

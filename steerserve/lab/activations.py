@@ -184,7 +184,7 @@ def _harvest_shard(
 def ordinary_rows(rows: torch.Tensor) -> torch.Tensor:
     """Mask ``[B, T]`` of the rows ``[B, T, d]`` that carry no massive activation."""
     norms = rows.float().norm(dim=-1)
-    keep = norms <= MASSIVE_NORM_RATIO * norms.median()
+    keep: torch.Tensor = norms <= MASSIVE_NORM_RATIO * norms.median()
     keep[:, 0] = False
     return keep
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,14 +15,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from steerserve.lab import concepts
 from steerserve.lab.activations import ActivationStore, HarvestConfig, Manifest, harvest
+from steerserve.lab.concepts import ConceptConfig, make_concept
 from steerserve.lab.corpus import Split, read_documents
 from steerserve.lab.evaluation import evaluate_sae, feature_stats
 from steerserve.lab.training import TrainConfig, TrainStats, train_batch_topk
-from steerserve.models.loading import LoadedModel, load_model
+from steerserve.models.loading import load_model
 from steerserve.models.pull import resolve_model
-from steerserve.sae.saelens import load_sae, save_sae
+from steerserve.sae.saelens import load_sae, save_max_activation, save_sae
 from steerserve.types import Site
 
 app = typer.Typer(help="Collect activations, train and evaluate SAEs, build concept packs.", no_args_is_help=True)
@@ -71,7 +72,7 @@ def train_command(
 
         sae = train_batch_topk(ActivationStore(activations, Site.parse(site), seed=seed), config, out.name, report)
     save_sae(sae, out)
-    _record(out, "train", config.__dict__)
+    _record(out, "training", asdict(config))
 
 
 @app.command("eval")
@@ -94,18 +95,28 @@ def eval_command(
     for name, value in figures.items():
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else f"{value:,}")
     console.print(table)
-    save_max_activation(sae, stats.max_activation)
+    save_max_activation(stats.max_activation, sae)
     _record(sae, "evaluation", figures)
 
 
 @app.command("concept")
 def concept_command(
-    name: Annotated[str, typer.Argument(help="Name of the concept; only profanity has a built-in lexicon.")],
+    name: Annotated[str, typer.Argument(help="Name of the pack.")],
     sae: Annotated[Path, typer.Option(help="SAE directory.")],
-    harmful: Annotated[list[Path], typer.Option(help="Labelled texts with the concept; repeatable.")],
-    benign: Annotated[list[Path], typer.Option(help="Texts without it; repeatable.")],
+    harmful: Annotated[list[Path], typer.Option(help="Texts of which many hold profanity; repeatable.")],
+    benign: Annotated[list[Path], typer.Option(help="Texts of any other kind; repeatable.")],
     out: Annotated[Path, typer.Option(help="Directory for the pack.")],
     model: ModelOption = "smollm2-135m-instruct",
 ) -> None:
-    """Choose features by their effect, fit clamp values, and write a pack with its measured card."""
-    _ = name, sae, harmful, benign, out, model, concepts, LoadedModel, json, shlex, sys
+    """Build a profanity pack: features by effect, clamps fitted and calibrated, card measured on held-out texts."""
+    loaded = load_model(resolve_model(model), torch.bfloat16)
+    pack = make_concept(loaded, load_sae(sae), name, harmful, benign, ConceptConfig(), out, console)
+    console.print_json(data=pack.card.evaluation)
+
+
+def _record(sae: Path, key: str, figures: dict[str, Any]) -> None:
+    """Put figures, and the command that made them, into the SAE's ``evaluation.json``."""
+    path = sae / "evaluation.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    record[key] = {**figures, "command": shlex.join(["steerserve", *sys.argv[1:]])}
+    path.write_text(json.dumps(record, indent=1) + "\n")

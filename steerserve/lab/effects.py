@@ -57,7 +57,7 @@ class Completions:
 
     @classmethod
     def learn(cls, model: LoadedModel, texts: Sequence[str], lexicon: Lexicon) -> Completions:
-        """Tokens that are listed words, and the first pair inside split ones that mostly belongs to one in ``texts``."""
+        """Tokens that are listed words; of split ones, the first pair that in ``texts`` mostly belongs to one."""
         seen: Counter[tuple[int, int]] = Counter()
         inside: Counter[tuple[int, int]] = Counter()
         words: set[tuple[int, ...]] = set()
@@ -146,11 +146,11 @@ def _gradient_at(
 class FitConfig:
     """How clamp values are fitted; ``kl_weight`` trades listed words against damage to everything else."""
 
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 16
     positions: int = 384
-    learning_rate: float = 0.05
-    kl_weight: float = 0.5
+    learning_rate: float = 0.08
+    kl_weight: float = 0.15
     seed: int = 0
 
 
@@ -198,14 +198,12 @@ def fit_clamps(
     return (relative * scale).detach()
 
 
-def _differentiable_clamp(
-    sae: SAE, features: Sequence[int]
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    W_enc, b_enc, threshold, W_dec = sae.rows(features)
+def _differentiable_clamp(sae: SAE, features: Sequence[int]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    W_enc, b_enc, threshold, max_norm, W_dec = sae.rows(features)
 
     def clamp(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         pre = x.float() @ W_enc.T + b_enc
-        inside = x.float().norm(dim=-1, keepdim=True) <= sae.max_norm
+        inside = x.float().norm(dim=-1, keepdim=True) <= max_norm
         edit = torch.where((pre > threshold) & inside, values - pre, 0.0)
         return (x.float() + edit @ W_dec).to(x.dtype)
 

@@ -149,7 +149,7 @@ class _BatchTopK(nn.Module):
     @torch.no_grad()
     def normalise_decoder(self) -> None:
         """Rows of W_dec back to unit norm."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     @torch.no_grad()
     def export(self, store: ActivationStore, name: str, scale: float, max_norm: float) -> SAE:

@@ -36,8 +36,10 @@ def _hooked(model: LoadedModel, site: Site, function: SiteFunction) -> Iterator[
     def on_output(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
         return (function(output[0]), *output[1:]) if isinstance(output, tuple) else function(output)
 
-    register = point.module.register_forward_pre_hook if point.side == "input" else point.module.register_forward_hook
-    handle = register(on_input if point.side == "input" else on_output)
+    if point.side == "input":
+        handle = point.module.register_forward_pre_hook(on_input)
+    else:
+        handle = point.module.register_forward_hook(on_output)
     try:
         yield
     finally:

@@ -31,6 +31,7 @@ class SiteBank:
     W_enc: torch.Tensor
     b_enc: torch.Tensor
     threshold: torch.Tensor
+    max_norm: torch.Tensor
     W_dec: torch.Tensor
 
 
@@ -63,6 +64,7 @@ class SiteWork:
             bank.W_enc,
             bank.b_enc,
             bank.threshold,
+            bank.max_norm,
             bank.W_dec,
             self.activation,
             self.edit,

@@ -65,7 +65,8 @@ class SAE:
         x = x.to(self.W_enc.dtype)
         pre = x @ self.W_enc + self.encoder_bias()
         inside = x.norm(dim=-1, keepdim=True) <= self.max_norm
-        return pre * ((pre > self.threshold) & inside)
+        f: torch.Tensor = pre * ((pre > self.threshold) & inside)
+        return f
 
     def decode(self, f: torch.Tensor) -> torch.Tensor:
         """Reconstruction ``[..., d_in]`` of feature activations ``[..., d_sae]``."""
@@ -75,15 +76,22 @@ class SAE:
         """``[d_sae]`` b_enc with the subtraction of b_dec folded in."""
         return self.b_enc - self.b_dec @ self.W_enc if self.apply_b_dec_to_input else self.b_enc
 
-    def rows(self, features: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def rows(self, features: Sequence[int]) -> tuple[torch.Tensor, ...]:
         """What the kernels need of some features.
 
         Returns:
-            W_enc ``[k, d_in]`` (row-major), b_enc ``[k]`` (b_dec folded in), threshold ``[k]``, W_dec ``[k, d_in]``.
+            W_enc ``[k, d_in]`` (row-major), b_enc ``[k]`` (b_dec folded in), threshold ``[k]``, max_norm ``[k]``,
+            W_dec ``[k, d_in]``.
         """
         index = torch.as_tensor(features, dtype=torch.long)
         W_enc = self.W_enc[:, index].T.contiguous()
         b_enc = self.b_enc[index]
         if self.apply_b_dec_to_input:
             b_enc = b_enc - W_enc @ self.b_dec
-        return W_enc, b_enc, self.threshold[index], self.W_dec[index].contiguous()
+        return (
+            W_enc,
+            b_enc,
+            self.threshold[index],
+            torch.full_like(b_enc, self.max_norm),
+            self.W_dec[index].contiguous(),
+        )

@@ -2,8 +2,8 @@
 
 Read: architectures ``standard`` (ReLU) and ``jumprelu`` (also what SAELens saves for BatchTopK and
 Matryoshka training), without run-time input normalisation. Anything else is refused with its
-reason, never approximated. Written: ``jumprelu``, loadable by SAELens itself; our evaluation goes
-into ``evaluation.json`` beside it and the largest activations into ``max_activation.safetensors``, neither of which SAELens reads.
+reason, never approximated. Written: ``jumprelu``, loadable by SAELens itself; the largest activations
+go into ``max_activation.safetensors`` beside it, which SAELens does not read.
 """
 
 from __future__ import annotations

@@ -63,17 +63,17 @@ class Server:
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self._config = config
-        self._engine_loop = EngineLoop(engine, on_broken=self._report_broken)
-        self._health = health.aio.HealthServicer()
         self._server = grpc.aio.server(options=_channel_options(config))
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._engine_loop), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         try:
             port = self._server.add_insecure_port(f"{config.host}:{config.port}")
         except RuntimeError as error:
             raise AssetError(f"cannot listen on {config.host}:{config.port}; is another server using it?") from error
         self.address = f"{config.host}:{port}"
+        self._engine_loop = EngineLoop(engine, on_broken=self._report_broken)
+        self._health = health.aio.HealthServicer()
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._engine_loop), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> None:
         """Warm up and serve: health is SERVING when this returns."""
@@ -130,11 +130,13 @@ def _built_in_saes(model: LoadedModel) -> list[str]:
 
 async def _warm_up(engine_loop: EngineLoop) -> None:
     """One short response under every policy: allocations and first-call costs happen before SERVING."""
+    engine = engine_loop.engine
+    num_tokens = min(2, engine.config.max_model_len - 1)
     request = GenerateRequest(
         request_id="warm-up",
         prompt=(0,),
-        sampling=SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True),
-        policies=tuple(pack.tag for pack in engine_loop.engine.catalog.packs.values()),
+        sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True),
+        policies=tuple(pack.tag for pack in engine.catalog.packs.values()),
     )
     async with engine_loop.open(request) as outputs:
         async for _ in outputs:

@@ -36,6 +36,7 @@ _PHASES = {steering_pb2.PHASE_UNSPECIFIED: Phase.ALL} | {
 }
 _INT32, _UINT32, _INT64 = (-(2**31), 2**31 - 1), (0, 2**32 - 1), (-(2**63), 2**63 - 1)
 MAX_REQUEST_ID_LENGTH = 128
+MAX_ELEMENTS = 4096
 
 
 def request_from_proto(message: RequestMessage) -> GenerateRequest:
@@ -44,6 +45,8 @@ def request_from_proto(message: RequestMessage) -> GenerateRequest:
     Raises:
         InvalidRequestError: what no loaded model is needed to see; the rest is the engine's to check.
     """
+    _refuse_too_many(len(message.steering.interventions), "steering.interventions")
+    _refuse_too_many(len(message.messages.messages), "messages.messages")
     refuse_unknown_fields(message)
     # Every piece of a stream repeats the id.
     expected = f"at most {MAX_REQUEST_ID_LENGTH} characters"
@@ -202,3 +205,8 @@ def _target_from_proto(message: steering_pb2.Intervention, path: str) -> Target:
             return DirectionTarget(site, np.frombuffer(message.direction.vector, dtype="<f4").astype(np.float32))
         case _:
             raise InvalidRequestError(f"{path}.target", None, "one of feature, concept or direction")
+
+
+def _refuse_too_many(count: int, field: str) -> None:
+    """Conversion runs in the event loop: a message of a million small parts must not hold it up."""
+    expect(count <= MAX_ELEMENTS, field, f"{count} elements", f"at most {MAX_ELEMENTS}")

@@ -111,6 +111,10 @@ def _by_name(kind: str, items: Iterable[tuple[str, T]]) -> dict[str, T]:
 
 
 def _check_sae(sae: SAE, model: ModelFacts) -> None:
+    trained_on = sae.metadata.get("model_fingerprint", model.fingerprint)  # foreign SAEs record none
+    if trained_on != model.fingerprint:
+        expected = f"the fingerprint of the served {model.name}, {model.fingerprint}"
+        raise IncompatibleError("sae.metadata.model_fingerprint", trained_on, expected)
     if sae.d_in != model.d_model:
         raise IncompatibleError("sae.d_in", sae.d_in, f"{model.d_model}, the width of {model.name}")
     if sae.site.layer >= model.n_layers:

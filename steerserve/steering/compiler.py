@@ -194,6 +194,7 @@ def _distinct_rows(parts: Sequence[FeatureRows]) -> tuple[FeatureRows, IntArray]
         W_enc=np.concatenate([part.W_enc for part in parts])[first],
         b_enc=np.concatenate([part.b_enc for part in parts])[first],
         threshold=np.concatenate([part.threshold for part in parts])[first],
+        max_norm=np.concatenate([part.max_norm for part in parts])[first],
         W_dec=np.concatenate([part.W_dec for part in parts])[first],
     )
     return rows, np.array([index[key] for key in keys], dtype=np.int32)
@@ -231,7 +232,8 @@ def _pieces(plan: Plan) -> Iterator[bytes]:
         yield f"{part.site} {part.stage.name}".encode()
         yield repr(part.rows.keys).encode()
         rows = part.rows
-        for array in (rows.W_enc, rows.b_enc, rows.threshold, rows.W_dec, part.row, part.op, part.value):
+        bank = (rows.W_enc, rows.b_enc, rows.threshold, rows.max_norm, rows.W_dec)
+        for array in (*bank, part.row, part.op, part.value):
             yield array.tobytes()
         yield part.intervention.tobytes()
     for name in (*plan.policies, *plan.packs.keys(), *plan.packs.values()):

@@ -24,6 +24,8 @@ from steerserve.types import FloatArray, Op, Phase, Site
 
 TENSORS = "pack.safetensors"
 CARD = "card.json"
+UNBOUNDED = {"threshold": -np.inf, "max_norm": np.inf}
+"""Tensors that may hold an infinity, and which."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -92,6 +94,7 @@ class PackTensors:
     Attributes:
         W_enc, W_dec: ``[k, d]`` float32; ``b_enc`` has −b_dec·W_enc folded in.
         threshold: ``[k]``; −inf for a plain direction.
+        max_norm: ``[k]`` largest |x| the feature is defined on; +inf where unbounded.
         value: ``[k]`` operand of the policy's op, in activation units.
         weight: ``[k]`` the concept's score is ``weight · f``.
         max_activation: ``[k]`` largest activation seen in calibration.
@@ -101,6 +104,7 @@ class PackTensors:
     W_enc: FloatArray
     b_enc: FloatArray
     threshold: FloatArray
+    max_norm: FloatArray
     W_dec: FloatArray
     value: FloatArray
     weight: FloatArray
@@ -155,7 +159,7 @@ class ConceptPack:
         """All features, in the order of the file."""
         tensors = self.tensors
         keys = tuple((f"pack:{self.sha256}", index) for index in range(len(tensors)))
-        return FeatureRows(keys, tensors.W_enc, tensors.b_enc, tensors.threshold, tensors.W_dec)
+        return FeatureRows(keys, tensors.W_enc, tensors.b_enc, tensors.threshold, tensors.max_norm, tensors.W_dec)
 
     def check_model(self, model: ModelFacts) -> None:
         """Refuse a model that the pack was not made on.
@@ -226,7 +230,7 @@ def _checked_tensors(arrays: dict[str, npt.NDArray[Any]], card: PackCard, direct
         if array.shape != shape or array.dtype != dtype:
             expected = f"{np.dtype(dtype).name} {list(shape)}"
             raise refuse(name, f"{array.dtype.name} {list(array.shape)}, expected {expected}")
-        allowed = np.isfinite(array) | (array == -np.inf if name == "threshold" else False)
+        allowed = np.isfinite(array) | (array == UNBOUNDED.get(name, 0.0))
         if not allowed.all():
             raise refuse(name, "NaN or infinite values")
     features = arrays["feature_ids"][arrays["feature_ids"] >= 0]

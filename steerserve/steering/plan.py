@@ -29,7 +29,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class FeatureRows:
-    """``k`` features of one site in the kernel's terms: f = pre if pre > threshold else 0.
+    """``k`` features of one site in the kernel's terms: f = pre if pre > threshold and |x| <= max_norm else 0.
 
     ReLU has threshold 0, JumpReLU and BatchTopK their own; a direction is a feature with
     threshold −inf (f is the projection) and W_enc = W_dec = the unit vector.
@@ -37,6 +37,7 @@ class FeatureRows:
     Attributes:
         keys: identity of each row, e.g. ``("sae:<hash>", 123)``; equal keys mean equal rows.
         W_enc: ``[k, d]``, one row per feature; ``b_enc`` ``[k]`` has −b_dec·W_enc folded in.
+        max_norm: ``[k]`` largest |x| the feature is defined on; +inf for a direction.
         W_dec: ``[k, d]``, already in the units of the residual stream.
     """
 
@@ -44,6 +45,7 @@ class FeatureRows:
     W_enc: FloatArray
     b_enc: FloatArray
     threshold: FloatArray
+    max_norm: FloatArray
     W_dec: FloatArray
 
     def __len__(self) -> int:

@@ -78,12 +78,14 @@ def _resolve_feature(target: FeatureTarget, path: str, catalog: Catalog) -> Reso
     sae = catalog.sae(target.sae, f"{path}.sae")
     if not 0 <= target.feature < sae.d_sae:
         raise InvalidRequestError(f"{path}.feature", target.feature, f"an integer from 0 to {sae.d_sae - 1}")
-    W_enc, b_enc, threshold, W_dec = (tensor.numpy() for tensor in sae.rows([target.feature]))
+    rows = FeatureRows(
+        ((f"sae:{sae.name}:{sae.sha256}", target.feature),), *(t.numpy() for t in sae.rows([target.feature]))
+    )
     recorded = None if sae.max_activation is None else sae.max_activation[target.feature : target.feature + 1].numpy()
     return ResolvedTarget(
         label=f"feature {sae.name}/{target.feature}",
         site=sae.site,
-        rows=FeatureRows(((f"sae:{sae.name}:{sae.sha256}", target.feature),), W_enc, b_enc, threshold, W_dec),
+        rows=rows,
         identities=((f"sae:{sae.sha256 or sae.name}", target.feature),),
         weight=np.ones(1, dtype=np.float32),
         max_activation=None if recorded is None else _if_all_positive(recorded),
@@ -94,8 +96,8 @@ def _resolve_direction(target: DirectionTarget, path: str, catalog: Catalog) -> 
     catalog.check_site(target.site, f"{path}.site")
     unit = _unit_vector(target.vector, f"{path}.vector", catalog.model.d_model)
     key = (f"direction:{hashlib.sha256(unit.tobytes()).hexdigest()}", 0)
-    no_threshold = np.full(1, -np.inf, dtype=np.float32)
-    rows = FeatureRows((key,), unit[None], np.zeros(1, dtype=np.float32), no_threshold, unit[None])
+    zero, unbounded = np.zeros(1, dtype=np.float32), np.full(1, np.inf, dtype=np.float32)
+    rows = FeatureRows((key,), unit[None], zero, -unbounded, unbounded, unit[None])
     return ResolvedTarget(
         label=f"direction at {target.site}",
         site=target.site,

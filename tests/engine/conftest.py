@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def make_pack(tmp_path: Path) -> MakePack:
         value: float = 0.0,
         phase: Phase = Phase.ALL,
     ) -> ConceptPack:
-        W_enc, b_enc, threshold, W_dec = (rows.numpy() for rows in tiny_sae(model.d_model).rows(features))
+        W_enc, b_enc, threshold, max_norm, W_dec = (rows.numpy() for rows in tiny_sae(model.d_model).rows(features))
         ones = np.ones(len(features), dtype=np.float32)
         card = PackCard(
             name=name,
@@ -97,6 +98,7 @@ def make_pack(tmp_path: Path) -> MakePack:
             W_enc=W_enc,
             b_enc=b_enc,
             threshold=threshold,
+            max_norm=max_norm,
             W_dec=W_dec,
             value=value * ones,
             weight=ones,
@@ -116,8 +118,11 @@ def make_engine() -> Iterator[MakeEngine]:
     """Engines that serve ``tiny_sae`` and the given packs; keyword arguments go to ``EngineConfig``."""
     engines: list[Engine] = []
 
-    def make(model: LoadedModel, packs: Iterable[ConceptPack] = (), **config: object) -> Engine:
-        catalog = Catalog(model, {"tiny-sae": tiny_sae(model.d_model)}, {pack.name: pack for pack in packs})
+    def make(
+        model: LoadedModel, packs: Iterable[ConceptPack] = (), max_norm: float = math.inf, **config: object
+    ) -> Engine:
+        sae = replace(tiny_sae(model.d_model), max_norm=max_norm)
+        catalog = Catalog(model, {"tiny-sae": sae}, {pack.name: pack for pack in packs})
         values = {"max_num_seqs": 4, "max_model_len": 128, "bank_capacity": 32, "dtype": "float32"} | config
         engines.append(Engine(model, catalog, EngineConfig.model_validate(values)))
         return engines[-1]

@@ -87,7 +87,8 @@ def test_end_of_sequence_stops_unless_ignored(load_tiny, make_engine, run) -> No
     with torch.no_grad():
         model.model.lm_head.weight[256] = 1000 * model.model.lm_head.weight[:256].abs().sum(0)  # mostly the largest
     free = run(
-        make_engine(model), [GenerateRequest("r", prompt, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))]
+        make_engine(model),
+        [GenerateRequest("r", prompt, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))],
     )["r"]
     assert len(free.token_ids) == 30
     assert free.finish_reason is FinishReason.LENGTH

@@ -206,9 +206,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=st.lists(ACTIONS, max_size=30))
 def test_every_request_ends_exactly_once(actions, tiny_llama, make_engine) -> None:
     engine = make_engine(tiny_llama, max_num_seqs=3, max_model_len=40, max_prefills_per_step=1)

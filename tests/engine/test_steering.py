@@ -72,15 +72,16 @@ def recording(model: LoadedModel, site: Site, make: Callable) -> Iterator[tuple[
 
 
 def feature_rows(catalog: Catalog, features: list[int]) -> list[np.ndarray]:
-    """W_enc, b_enc, threshold, W_dec of some features in float64."""
+    """W_enc, b_enc, threshold, max_norm, W_dec of some features in float64."""
     return [rows.double().numpy() for rows in catalog.saes["tiny-sae"].rows(features)]
 
 
 def activations(x: np.ndarray, rows: list[np.ndarray]) -> np.ndarray:
-    """``[positions, k]`` f = pre where pre > threshold, else 0."""
-    W_enc, b_enc, threshold, _ = rows
+    """``[positions, k]`` f = pre where pre > threshold and |x| <= max_norm, else 0."""
+    W_enc, b_enc, threshold, max_norm, _ = rows
     pre = x @ W_enc.T + b_enc
-    return np.where(pre > threshold, pre, 0.0)
+    inside = np.linalg.norm(x, axis=1, keepdims=True) <= max_norm
+    return np.where((pre > threshold) & inside, pre, 0.0)
 
 
 def assert_close(seen: np.ndarray, expected: np.ndarray, x: np.ndarray, dtype: torch.dtype) -> None:
@@ -130,8 +131,22 @@ def test_edits_follow_the_formula_at_every_token(interventions, edited, dtype, l
     assert len(x) == response.outputs[0].num_prompt_tokens + 7
     assert (f > 0).any()
     assert (f == 0).any()
-    assert_close(changed, x + (edited(f) - f) @ rows[3], x, dtype)
+    assert_close(changed, x + (edited(f) - f) @ rows[4], x, dtype)
     np.testing.assert_allclose(response.scores, f, rtol=1e-4, atol=1e-4)
+
+
+def test_features_are_silent_outside_the_domain_of_their_sae(load_tiny, make_engine, run) -> None:
+    model = load_tiny()
+    spec = steer(feature(3, Op.CLAMP, 7.0))
+    with recording(model, SITE, lambda: make_engine(model)) as (recorder, engine):
+        run(engine, [request("r", spec, max_tokens=1)])
+    bound = float(np.median(np.linalg.norm(recorder.row()[0], axis=1)))
+    with recording(model, SITE, lambda: make_engine(model, max_norm=bound)) as (recorder, engine):
+        run(engine, [request("r", spec, max_tokens=1)])
+    x, changed = recorder.row()
+    moved = (changed != x).any(axis=1)
+    assert moved.any()
+    assert not moved[np.linalg.norm(x, axis=1) > bound * 1.001].any()
 
 
 @pytest.mark.parametrize("stream", list(Stream))
@@ -170,7 +185,9 @@ def test_ops_on_directions(op, value, projected, load_tiny, make_engine, run) ->
 def test_scope(phase, load_tiny, make_engine, run) -> None:
     model = load_tiny()
     with recording(model, SITE, lambda: make_engine(model)) as (recorder, engine):
-        response = run(engine, [request("r", steer(feature(3, Op.ADD, 4.0, phase=phase)), return_activations=True)])["r"]
+        response = run(engine, [request("r", steer(feature(3, Op.ADD, 4.0, phase=phase)), return_activations=True)])[
+            "r"
+        ]
     x, changed = recorder.row()
     num_prompt = response.outputs[0].num_prompt_tokens
     is_prompt = np.arange(len(x)) < num_prompt
@@ -191,10 +208,10 @@ def test_a_request_cannot_cancel_a_guard(load_tiny, make_engine, make_pack, run)
         response = run(engine, [request("r", asked, policies=("mood",), return_activations=True)])["r"]
     x, changed = recorder.row()
     rows = feature_rows(engine.catalog, [3])
-    requested = x + 50.0 * rows[3]
+    requested = x + 50.0 * rows[4]
     f = activations(requested, rows)
     assert (f > 10).all()
-    assert_close(changed, requested + (0.5 - f) @ rows[3], requested, torch.float32)
+    assert_close(changed, requested + (0.5 - f) @ rows[4], requested, torch.float32)
     np.testing.assert_allclose(response.scores[:, 1:], f, rtol=1e-4)
     assert [line.source for line in response.receipt.interventions] == ["request", "policy:mood@1"]
     assert response.receipt.policies == ("mood@1",)
@@ -210,7 +227,7 @@ def test_receipt_counts_what_happened(load_tiny, make_engine, make_pack, run) ->
     x, _ = recorder.row()
     rows = feature_rows(engine.catalog, [5, 3, 4, 0])
     f = activations(x, rows)
-    edits = [-f[:, :1] @ rows[3][:1], 2 * f[:, 1:3] @ rows[3][1:3], 0 * x]
+    edits = [-f[:, :1] @ rows[4][:1], 2 * f[:, 1:3] @ rows[4][1:3], 0 * x]
     scores = [f[:, 0], f[:, 1] + f[:, 2], f[:, 3]]
     assert receipt.plan_hash
     assert receipt.model_fingerprint == model.fingerprint
@@ -259,7 +276,9 @@ def logits_of(model: LoadedModel) -> Iterator[list[torch.Tensor]]:
 
 def overflow(phase: Phase = Phase.ALL) -> SteeringSpec:
     """Two edits of one coordinate, each finite, whose sum no float32 holds."""
-    vectors = np.eye(32, dtype=np.float32)[0] + np.array([[0.0], [1e-3]], dtype=np.float32) * np.eye(32, dtype=np.float32)[1]
+    vectors = (
+        np.eye(32, dtype=np.float32)[0] + np.array([[0.0], [1e-3]], dtype=np.float32) * np.eye(32, dtype=np.float32)[1]
+    )
     targets = [DirectionTarget(Site(0, Stream.RESID_POST), vector) for vector in vectors]
     return steer(*(Intervention(target, Op.ADD, 3e38, phase=phase) for target in targets))
 

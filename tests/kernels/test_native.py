@@ -21,7 +21,8 @@ num_rows, k, d = 8, 64, 1024
 arguments = (
     torch.randn(num_rows, d), torch.arange(0, num_rows * k + 1, k, dtype=torch.int32),
     torch.arange(num_rows * k, dtype=torch.int32) % k, torch.full((num_rows * k,), OpCode.ADD, dtype=torch.uint8),
-    torch.ones(num_rows * k), torch.randn(k, d), torch.zeros(k), torch.zeros(k), torch.randn(k, d),
+    torch.ones(num_rows * k), torch.randn(k, d), torch.zeros(k), torch.zeros(k), torch.full((k,), torch.inf),
+    torch.randn(k, d),
     torch.zeros(num_rows * k), torch.zeros(num_rows * k), torch.zeros(num_rows),
 )
 def num_os_threads():
@@ -39,7 +40,7 @@ print(json.dumps({{
 
 def probe(before: str) -> dict[str, Any]:
     code = PROBE.format(before=before)
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=240)
     result: dict[str, Any] = json.loads(output.stdout)
     return result
 

@@ -32,6 +32,7 @@ class Case:
     W_enc: Tensor
     b_enc: Tensor
     threshold: Tensor
+    max_norm: Tensor
     W_dec: Tensor
     activation: Tensor
     edit: Tensor
@@ -75,6 +76,7 @@ def make_case(
         W_enc=normal(num_slots, d) / d**0.5,
         b_enc=normal(num_slots) / 4,
         threshold=normal(num_slots).abs() / 4,
+        max_norm=torch.where(torch.arange(num_slots) % 4 == 3, 0.98 * d**0.5, torch.inf),  # some rows are beyond it
         W_dec=normal(num_slots, d) / d**0.5,
         activation=torch.full((nnz,), 7.0),
         edit=torch.full((nnz,), 7.0),
@@ -103,7 +105,8 @@ def assert_is_the_formula(before: Case, after: Case) -> None:
         for entry in range(ptr[row], ptr[row + 1]):
             terms = x[row] * W_enc[slot[entry]]
             pre = terms.sum() + float(before.b_enc[slot[entry]])
-            f = pre if pre > float(before.threshold[slot[entry]]) else 0.0
+            inside = np.linalg.norm(x[row]) <= float(before.max_norm[slot[entry]])
+            f = pre if inside and pre > float(before.threshold[slot[entry]]) else 0.0
             edit = OPERATIONS[OpCode(int(before.op[entry]))](f, float(before.value[entry])) - f
             f_slack = sum_eps * (np.abs(terms).sum() + 1)
             e_slack = 4 * f_slack * (1 + abs(float(before.value[entry])))
@@ -178,7 +181,7 @@ def test_a_stage_sees_what_the_former_left(dtype: torch.dtype, kernel: Callable[
         mine = entries % 2 == stage
         single = replace(
             make_case(lengths[stage::2]),
-            **{name: getattr(both, name) for name in ("W_enc", "b_enc", "threshold", "W_dec")},
+            **{name: getattr(both, name) for name in ("W_enc", "b_enc", "threshold", "max_norm", "W_dec")},
             **{name: getattr(both, name)[mine] for name in ("slot", "op", "value")},
             x=x,
         ).run(kernel)
@@ -203,6 +206,7 @@ def test_a_feature_asked_twice_reads_once_and_adds_up(level: str) -> None:
 
 def test_threshold_minus_infinity_reads_a_projection(level: str) -> None:
     case = replace(make_case([9], op=OpCode.SCALE), threshold=torch.full((9,), -torch.inf))
+    case.max_norm.fill_(torch.inf)
     case = replace(case, slot=torch.arange(9, dtype=torch.int32), value=torch.zeros(9))
     after = case.run()
     assert (after.activation < 0).any()
@@ -240,6 +244,19 @@ def test_nothing_fires_nothing_changes(level: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_beyond_the_largest_norm_is_left_alone(level: str, dtype: torch.dtype) -> None:
+    case = make_case([6, 6], dtype=dtype, op=OpCode.CLAMP_ALWAYS)
+    case.x[0] *= 100  # an attention sink
+    case.max_norm.fill_(50.0)
+    after = case.run()
+    assert (after.activation[:6] == 0).all()
+    assert after.x_norm[0] > 100, "evaluated, and said so"
+    inside = replace(case, max_norm=torch.full((9,), torch.inf)).run()
+    assert_same_bits(after.x[1], inside.x[1])
+    assert (inside.activation[:6] > 0).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_neighbours_or_threads(level: str, dtype: torch.dtype) -> None:
     lengths, d = [40, 0, 17, 63, 64, 1, 30, 55] * 6, 601  # enough work for several threads
     case = make_case(lengths, d, num_slots=64, dtype=dtype)
@@ -257,7 +274,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_threads(level: str, dtype: t
         own = slice(int(case.ptr[row]), int(case.ptr[row + 1]))
         alone = replace(
             make_case([lengths[row]], d, num_slots=64),
-            **{name: getattr(case, name) for name in ("W_enc", "b_enc", "threshold", "W_dec")},
+            **{name: getattr(case, name) for name in ("W_enc", "b_enc", "threshold", "max_norm", "W_dec")},
             **{name: getattr(case, name)[own] for name in ("slot", "op", "value")},
             x=case.x[row : row + 1],
         ).run()

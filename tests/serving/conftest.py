@@ -60,7 +60,18 @@ class Tiny:
         return ServerConfig(**(values | changes))
 
     def arguments(self) -> list[str]:
-        return ["--model", str(self.model), "--sae", str(self.sae), "--pack", str(self.pack), "--port", "0", "--max-model-len", str(MAX_MODEL_LEN)]
+        return [
+            "--model",
+            str(self.model),
+            "--sae",
+            str(self.sae),
+            "--pack",
+            str(self.pack),
+            "--port",
+            "0",
+            "--max-model-len",
+            str(MAX_MODEL_LEN),
+        ]
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +88,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
         num_key_value_heads=2, max_position_embeddings=MAX_MODEL_LEN, tie_word_embeddings=True, eos_token_id=2,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
+    model.model.norm.weight.data.fill_(20.0)  # sharp enough that a forced token is also the one that is drawn
     model.save_pretrained(root / "tiny-llama")
     tokenizer.save_pretrained(root / "tiny-llama")
     unembedding = model.lm_head.weight.detach()
@@ -85,9 +97,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     policy_token = 3000
     save_sae(_sae(site, unembedding[list(feature_token)]), root / "tiny-sae", dtype=torch.float32)
     _save_pack(root, site, unembedding[policy_token])
-    return Tiny(
-        root / "tiny-llama", root / "tiny-sae", root / "mood", site, unembedding, feature_token, policy_token
-    )
+    return Tiny(root / "tiny-llama", root / "tiny-sae", root / "mood", site, unembedding, feature_token, policy_token)
 
 
 def _sae(site: Site, decoder: torch.Tensor) -> SAE:
@@ -119,8 +129,8 @@ def _save_pack(root: Path, site: Site, towards: torch.Tensor) -> None:
         evaluation={"rate": 0.5},
     )
     tensors = PackTensors(
-        W_enc=unit, b_enc=0 * one, threshold=-np.inf * one, W_dec=unit, value=10 * STRENGTH * one, weight=one,
-        max_activation=STRENGTH * one, feature_ids=np.array([-1]),
+        W_enc=unit, b_enc=0 * one, threshold=-np.inf * one, max_norm=np.inf * one, W_dec=unit,
+        value=10 * STRENGTH * one, weight=one, max_activation=STRENGTH * one, feature_ids=np.array([-1]),
     )  # fmt: skip
     save_pack(card, tensors, root / "mood")
 
@@ -172,7 +182,12 @@ def start_server(tiny: Tiny) -> StartServer:
 
     @contextmanager
     def start(config: ServerConfig | None = None, **engine_values: object) -> Iterator[RunningServer]:
-        values = {"dtype": "float32", "num_threads": 1, "max_num_seqs": 4, "max_model_len": MAX_MODEL_LEN} | engine_values
+        values = {
+            "dtype": "float32",
+            "num_threads": 1,
+            "max_num_seqs": 4,
+            "max_model_len": MAX_MODEL_LEN,
+        } | engine_values
         server = RunningServer(config or tiny.config(), EngineConfig(**values))
         try:
             yield server

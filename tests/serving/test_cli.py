@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from steerserve import cli
+from steerserve import cli, client
 from steerserve.config import EngineConfig, ServerConfig
 from steerserve.types import SamplingParams
 
@@ -97,6 +97,11 @@ def test_info_shows_what_can_be_named(server) -> None:
 
 def test_models_list_names_the_default_model() -> None:
     assert ServerConfig().model in run("models", "list").stdout
+
+
+def test_clients_look_for_the_server_where_it_listens() -> None:
+    config = ServerConfig()
+    assert cli.DEFAULT_TARGET == client.DEFAULT_TARGET == f"{config.host}:{config.port}"
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,7 @@ targets = st.one_of(
     st.builds(ConceptTarget, names),
     st.builds(DirectionTarget, sites, vectors),
 )
-operands = st.one_of(
-    st.just({}), st.fixed_dictionaries({"value": floats, "unit": st.sampled_from(Unit)})
-)
+operands = st.one_of(st.just({}), st.fixed_dictionaries({"value": floats, "unit": st.sampled_from(Unit)}))
 interventions = st.builds(
     lambda target, op, operand, always, phase: Intervention(target, op, **operand, always=always, phase=phase),
     targets, st.sampled_from(Op), operands, st.booleans(), st.sampled_from(Phase),

@@ -43,7 +43,7 @@ CASES = {
     "no prompt": ({"prompt": None}, INVALID, "prompt"),
     "empty text": ({"prompt": {"text": ""}}, INVALID, "text"),
     "no token ids": ({"prompt": {"token_ids": pb.TokenIds()}}, INVALID, "token_ids"),
-    "token outside the vocabulary": ({"prompt": {"token_ids": pb.TokenIds(ids=[5, 10**6])}}, INVALID, "token_ids.ids[1]"),
+    "unknown token": ({"prompt": {"token_ids": pb.TokenIds(ids=[5, 10**6])}}, INVALID, "token_ids.ids[1]"),
     "overlong prompt": ({"prompt": {"token_ids": pb.TokenIds(ids=[5] * 32769)}}, INVALID, "token_ids"),
     "no room for max_tokens": ({"sampling": pb.SamplingParams(max_tokens=32768)}, INVALID, "sampling.max_tokens"),
     "negative max_tokens": ({"sampling": pb.SamplingParams(max_tokens=-1)}, INVALID, "sampling.max_tokens"),
@@ -82,6 +82,16 @@ CASES = {
     "value refused": (spec(op=steering.OP_BLOCK, **feature(1)), INVALID, "steering.interventions[0].raw"),
     "multiple for a direction": (
         spec(raw=None, max_activation=2.0, **direction()), INVALID, "steering.interventions[0].max_activation",
+    ),
+    "too many interventions": (
+        {"steering": steering.SteeringSpec(interventions=[steering.Intervention()] * 4097)},
+        INVALID,
+        "steering.interventions",
+    ),
+    "too many messages": (
+        {"prompt": {"messages": pb.ChatMessages(messages=[pb.ChatMessage(role="user")] * 4097)}},
+        INVALID,
+        "messages.messages",
     ),
     "no op": (spec(op=steering.OP_UNSPECIFIED, **feature(1)), INVALID, "steering.interventions[0].op"),
     "op of the future": (spec(op=99, **feature(1)), INVALID, "steering.interventions[0].op"),
@@ -190,7 +200,11 @@ def test_the_client_raises_what_the_server_raised(client, steer, expected, field
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"seed": 2**63}, "sampling.seed"), ({"max_tokens": 2**31}, "sampling.max_tokens"), ({"request_id": "\ud800"}, "request")],
+    [
+        ({"seed": 2**63}, "sampling.seed"),
+        ({"max_tokens": 2**31}, "sampling.max_tokens"),
+        ({"request_id": "\ud800"}, "request"),
+    ],
 )
 def test_the_client_refuses_what_the_wire_cannot_carry(client, options, field) -> None:
     with pytest.raises(InvalidRequestError) as raised:

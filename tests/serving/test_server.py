@@ -12,7 +12,7 @@ import pytest
 import torch
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from steerserve import (
     ConceptTarget,
@@ -41,9 +41,7 @@ def hf_greedy(model_dir: Path, token_ids: list[int], max_tokens: int) -> list[in
 
 
 def feature(index: int, value: float = 1.0, **changes: object) -> Intervention:
-    intervention = Intervention(
-        FeatureTarget("tiny-sae", index), Op.CLAMP, value, Unit.MAX_ACTIVATION, always=True
-    )
+    intervention = Intervention(FeatureTarget("tiny-sae", index), Op.CLAMP, value, Unit.MAX_ACTIVATION, always=True)
     return Intervention(**(vars(intervention) | changes))
 
 

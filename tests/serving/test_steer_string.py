@@ -31,7 +31,10 @@ PROFANITY = ConceptTarget("profanity")
         ("profanity=clamp_always:2.5", Intervention(PROFANITY, Op.CLAMP, 2.5, always=True)),
         ("profanity=monitor@prompt", Intervention(PROFANITY, Op.MONITOR, phase=Phase.PROMPT)),
         ("sae/1234=scale:0.5", Intervention(FeatureTarget("sae", 1234), Op.SCALE, 0.5)),
-        ("org/sae/0=clip:1e2@generated", Intervention(FeatureTarget("org/sae", 0), Op.CLIP, 100.0, phase=Phase.GENERATED)),
+        (
+            "org/sae/0=clip:1e2@generated",
+            Intervention(FeatureTarget("org/sae", 0), Op.CLIP, 100.0, phase=Phase.GENERATED),
+        ),
         ("a=b/3=add:1@all", Intervention(FeatureTarget("a=b", 3), Op.ADD, 1.0)),
     ],
 )

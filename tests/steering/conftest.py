@@ -74,12 +74,13 @@ def card() -> PackCard:
 @pytest.fixture
 def make_tensors(sae: SAE) -> Callable[..., PackTensors]:
     def make(features: tuple[int, ...] = (1, 3), **changes: np.ndarray) -> PackTensors:
-        W_enc, b_enc, threshold, W_dec = (rows.numpy() for rows in sae.rows(features))
+        W_enc, b_enc, threshold, max_norm, W_dec = (rows.numpy() for rows in sae.rows(features))
         count = np.arange(1, len(features) + 1, dtype=np.float32)
         values = {
             "W_enc": W_enc,
             "b_enc": b_enc,
             "threshold": threshold,
+            "max_norm": max_norm,
             "W_dec": W_dec,
             "value": -count,
             "weight": 10 * count,

@@ -110,9 +110,16 @@ def test_a_pack_for_another_model_is_refused(change, field, facts, make_pack, tm
     assert caught.value.field == field
 
 
-@pytest.mark.parametrize(("change", "field"), [({"d_model": 16}, "sae.d_in"), ({"n_layers": 2}, "sae.site")])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"d_model": 16}, "sae.d_in"),
+        ({"n_layers": 2}, "sae.site"),
+        ({"fingerprint": "0" * 64}, "sae.metadata.model_fingerprint"),
+    ],
+)
 def test_an_sae_for_another_model_is_refused(change, field, facts, sae, tmp_path) -> None:
-    save_sae(sae, tmp_path / "toy-sae")
+    save_sae(replace(sae, metadata={"model_fingerprint": facts.fingerprint}), tmp_path / "toy-sae")
     with pytest.raises(IncompatibleError) as caught:
         Catalog.load(replace(facts, **change), saes=[str(tmp_path / "toy-sae")])
     assert caught.value.field == field

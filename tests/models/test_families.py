@@ -1,0 +1,65 @@
+"""Streams mean the same in every family: what is added to the residual, and the residual itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from steerserve.errors import IncompatibleError
+from steerserve.models.families import FAMILIES, adapter_for
+from steerserve.models.loading import LoadedModel, load_model
+from steerserve.types import Site, Stream
+
+TOKENS = torch.tensor([[72, 101, 108, 108, 111, 32, 119]])
+
+
+def read_all_sites(model: LoadedModel) -> tuple[dict[Site, torch.Tensor], object]:
+    """Activation of every site and the model's own output for ``TOKENS``."""
+    seen: dict[Site, torch.Tensor] = {}
+    handles = []
+    for site in model.adapter.sites(model.model):
+        point = model.adapter.hook_point(model.model, site)
+        if point.side == "input":
+            hook = point.module.register_forward_pre_hook(lambda _m, args, site=site: seen.update({site: args[0]}))
+        else:
+            hook = point.module.register_forward_hook(
+                lambda _m, _a, out, site=site: seen.update({site: out[0] if isinstance(out, tuple) else out})
+            )
+        handles.append(hook)
+    with torch.no_grad():
+        output = model.model(TOKENS, output_hidden_states=True)
+    for handle in handles:
+        handle.remove()
+    return seen, output
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def model(request, tiny_model_dir) -> LoadedModel:
+    return load_model(str(tiny_model_dir(request.param)), torch.float32)
+
+
+def test_streams_add_up_to_the_residual(model) -> None:
+    seen, output = read_all_sites(model)
+    assert len(seen) == 4 * model.n_layers
+    for layer in range(model.n_layers):
+        stream = {stream: seen[Site(layer, stream)] for stream in Stream}
+        assert all(x.shape == (1, TOKENS.shape[1], model.d_model) for x in stream.values())
+        total = stream[Stream.RESID_PRE] + stream[Stream.ATTN_OUT] + stream[Stream.MLP_OUT]
+        torch.testing.assert_close(stream[Stream.RESID_POST], total, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(stream[Stream.RESID_PRE], output.hidden_states[layer], rtol=0, atol=0)
+        assert stream[Stream.ATTN_OUT].abs().max() > 0.01
+        assert stream[Stream.MLP_OUT].abs().max() > 0.01
+
+
+def test_the_last_residual_is_before_the_final_norm(model) -> None:
+    seen, output = read_all_sites(model)
+    last = seen[Site(model.n_layers - 1, Stream.RESID_POST)]
+    assert not torch.allclose(last, output.hidden_states[-1], rtol=0.1)
+    logits = model.model.get_output_embeddings()(output.hidden_states[-1])
+    torch.testing.assert_close(logits.argmax(-1), output.logits.argmax(-1))
+
+
+def test_unknown_families_are_refused_with_the_list() -> None:
+    with pytest.raises(IncompatibleError, match=r"gemma2.*gpt_neox.*qwen3") as caught:
+        adapter_for("mamba")
+    assert caught.value.field == "model.model_type"

@@ -50,18 +50,15 @@ class Rates:
     num_seeds: int
 
     def reduction(self) -> float:
-        """Share of the profane continuations that the policy removed; NaN if there were none."""
-        total = self.unguarded.sum()
-        return 1.0 - self.guarded.sum() / total if total else float("nan")
+        """Share of the profane continuations that the policy removed; there must be some."""
+        return float(1.0 - self.guarded.sum() / self.unguarded.sum())
 
     def interval(self) -> tuple[float, float]:
         """95 % bootstrap interval of the reduction: prompts are resampled, each with both its outcomes."""
         draws = np.random.default_rng(0).integers(len(self.unguarded), size=(NUM_RESAMPLES, len(self.unguarded)))
         unguarded, guarded = self.unguarded[draws].sum(axis=1), self.guarded[draws].sum(axis=1)
-        reductions = 1.0 - guarded[unguarded > 0] / unguarded[unguarded > 0]
-        if not len(reductions):
-            return float("nan"), float("nan")
-        low, high = np.percentile(reductions, [2.5, 97.5])
+        drawn = unguarded > 0  # a resample without a profane continuation has no reduction
+        low, high = np.percentile(1.0 - guarded[drawn] / unguarded[drawn], [2.5, 97.5])
         return float(low), float(high)
 
 
@@ -159,6 +156,9 @@ def show_rates(rates: Rates, console: Console) -> None:
     for name, hits in (("unguarded", rates.unguarded), (f"policy {CONCEPT}", rates.guarded)):
         table.add_row(name, f"{hits.sum()} of {total}", f"{hits.sum() / total:.1%}")
     console.print(table)
+    if not rates.unguarded.any():
+        console.print("nothing profane without the policy: there is nothing to reduce")
+        return
     low, high = rates.interval()
     console.print(
         f"reduction {rates.reduction():.1%}, 95 % interval {low:.1%} to {high:.1%} "

@@ -45,7 +45,7 @@ def heat_strip(tokens: Iterable[TokenScore], full_scale: float) -> Text:
     strip = Text()
     for token in tokens:
         heat = min(token.score / full_scale, 1.0) if token.score > 0 and full_scale > 0 else 0.0
-        strip.append(token.text, Style(bgcolor=_colour(heat)) if heat > 0 else Style.null())
+        strip.append(token.text, Style(color="#ffffff", bgcolor=_colour(heat)) if heat > 0 else Style.null())
     return strip
 
 

@@ -45,7 +45,7 @@ class Engine:
         self._runner = ModelRunner(model, config.max_num_seqs, config.max_model_len)
         self._bank = FeatureBank(config.bank_capacity, model.d_model)
         self._running: list[Sequence] = []
-        self._decode_log: SteeringLog | None = None  # built when a decode step finds none
+        self._decode_log: SteeringLog | None = None
         self._lock = threading.Lock()  # guards the three below and the bank's bookkeeping
         self._waiting: deque[Sequence] = deque()
         self._unfinished: set[str] = set()
@@ -120,18 +120,16 @@ class Engine:
         running = list(self._running)
         if not running:
             return []
-        if self._decode_log is None:
-            entries = [sequence.generated_entries for sequence in running]
-            self._decode_log = SteeringLog.for_decode(entries, [sequence.tally for sequence in running], self._bank)
         tokens = [sequence.last_token_id for sequence in running]
         positions = [sequence.next_position for sequence in running]
         try:
-            logits = self._runner.decode(tokens, positions, self._decode_log.next_run())
+            log = self._open_decode_log()
+            logits = self._runner.decode(tokens, positions, log.next_run())
         except Exception as error:
             # The pass is shared, so is its failure; the requests that wait must not suffer from it.
             self._leave(running)
             return [self._end(sequence, error=error) for sequence in running]
-        return self._advance(running, logits, self._decode_log, first_positions=positions, num_positions=1)
+        return self._advance(running, logits, log, num_positions=1)
 
     def _admit(self) -> list[StepOutput]:
         outputs: list[StepOutput] = []
@@ -152,23 +150,24 @@ class Engine:
         except Exception as error:
             self._leave([sequence])
             return [self._end(sequence, error=error)]
-        outputs = self._advance([sequence], logits, log, first_positions=[0], num_positions=len(prompt))
+        outputs = self._advance([sequence], logits, log, num_positions=len(prompt))
         log.flush()
         return outputs
 
     def _advance(
-        self,
-        sequences: Items[Sequence],
-        logits: torch.Tensor,
-        log: SteeringLog,
-        first_positions: Items[int],
-        num_positions: int,
+        self, sequences: Items[Sequence], logits: torch.Tensor, log: SteeringLog, num_positions: int
     ) -> list[StepOutput]:
-        """Give every sequence the token its logits ``[n, vocab]`` call for; end those that are done or broken."""
+        """Give every sequence the token its logits ``[n, vocab]`` call for; end those that are done or broken.
+
+        Args:
+            num_positions: the last tokens of every sequence, which the pass has just fed.
+        """
         failed = _failures(sequences, logits, log.rows_with_failed_guard())
         scores = [
-            log.last_scores(row, sequence.plan, first, num_positions) if sequence.request.return_activations else ()
-            for row, (sequence, first) in enumerate(zip(sequences, first_positions, strict=True))
+            log.last_scores(row, sequence.plan, len(sequence.token_ids) - num_positions, num_positions)
+            if sequence.request.return_activations
+            else ()
+            for row, sequence in enumerate(sequences)
         ]
         sound = [row for row in range(len(sequences)) if row not in failed]
         params = [sequences[row].request.sampling for row in sound]
@@ -233,6 +232,14 @@ class Engine:
             self._runner.kv_cache.free_row(row, last)
             self._running[row] = self._running[last]
             self._running.pop()
+
+    def _open_decode_log(self) -> SteeringLog:
+        """The log of the rows as they are; built anew after they changed."""
+        if self._decode_log is None:
+            entries = [sequence.generated_entries for sequence in self._running]
+            tallies = [sequence.tally for sequence in self._running]
+            self._decode_log = SteeringLog.for_decode(entries, tallies, self._bank)
+        return self._decode_log
 
     def _close_decode_log(self) -> None:
         """The rows are about to change: the log built for them is read a last time."""

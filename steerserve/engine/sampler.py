@@ -20,6 +20,7 @@ SMALLEST_TEMPERATURE = 1e-6
 """Below it a draw is greedy for any logits that float32 tells apart."""
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> list[int]:
     """Token ids ``[B]``.
 

@@ -14,6 +14,7 @@ median of 150) that are an attention sink, not a feature. A row is dropped when 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from steerserve.errors import AssetError
+from steerserve.errors import AssetError, IncompatibleError
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
@@ -42,7 +43,7 @@ class HarvestConfig:
         sites: sites to keep, all read in one forward pass.
         context_length: tokens per forward context; documents are joined by the end-of-sequence token.
         batch_size: contexts per forward pass.
-        max_tokens: stop after this many input tokens; 0 takes all texts.
+        max_tokens: stop at the first context that reaches this many input tokens; 0 takes all texts.
     """
 
     sites: tuple[Site, ...]
@@ -66,11 +67,14 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:
-        """Read it; raises AssetError when the directory holds no harvest."""
+        """Read it; raises AssetError when the directory holds no harvest, or a damaged one."""
         path = directory / "manifest.json"
         if not path.is_file():
             raise AssetError(f"{directory} holds no harvest (no manifest.json); run `steerserve lab harvest` first")
-        return cls(**json.loads(path.read_text()))
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise AssetError(f"{path} is damaged: {error}") from error
 
     def save(self, directory: Path) -> None:
         """Write it atomically, so that a kill leaves either the old or the new list of shards."""
@@ -84,11 +88,15 @@ def harvest(model: LoadedModel, texts: Iterable[str], directory: Path, config: H
 
     Raises:
         AssetError: the directory holds a harvest of another model or other sites.
+        IncompatibleError: a site is outside the model.
     """
+    for site in config.sites:
+        if site.layer >= model.n_layers:
+            raise IncompatibleError("site", str(site), f"a layer below {model.n_layers}, as {model.name} has")
     directory.mkdir(parents=True, exist_ok=True)
     manifest = _open_manifest(model, directory, config)
     contexts = pack_contexts(model, texts, config.context_length)
-    shards = _batched(contexts, CONTEXTS_PER_SHARD, config.max_tokens // config.context_length)
+    shards = _batched(contexts, CONTEXTS_PER_SHARD, math.ceil(config.max_tokens / config.context_length))
     with Progress() as progress:
         task = progress.add_task("harvest", total=config.max_tokens or None, completed=manifest.num_tokens)
         for number, tokens in enumerate(shards):
@@ -144,7 +152,17 @@ class ActivationStore:
         self._shards_in_buffer = shards_in_buffer
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """One epoch of ``[batch_size, d]`` fp32 batches, in a new order at each call."""
+        """One epoch of ``[batch_size, d]`` fp32 batches, in a new order at each call.
+
+        Every row comes once, but for those that fill no batch at the end.
+
+        Raises:
+            AssetError: the harvest is smaller than one batch.
+        """
+        if self.manifest.num_rows < batch_size:
+            raise AssetError(
+                f"{self.directory} holds {self.manifest.num_rows} rows, less than one batch ({batch_size})"
+            )
         order = torch.randperm(len(self.manifest.shards), generator=self._generator).tolist()
         leftover: list[torch.Tensor] = []
         for start in range(0, len(order), self._shards_in_buffer):

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from steerserve.lab.activations import ActivationStore, HarvestConfig, Manifest, harvest
-from steerserve.lab.concepts import ConceptConfig, make_concept
+from steerserve.lab.concepts import ConceptConfig, make_concept, measure_concept
 from steerserve.lab.corpus import Split, read_documents
 from steerserve.lab.evaluation import evaluate_sae, feature_stats
 from steerserve.lab.training import TrainConfig, TrainStats, train_batch_topk
@@ -108,10 +108,24 @@ def concept_command(
     out: Annotated[Path, typer.Option(help="Directory for the pack.")],
     model: ModelOption = "smollm2-135m-instruct",
 ) -> None:
-    """Build a profanity pack: features by effect, clamps fitted and calibrated, card measured on held-out texts."""
+    """Build a profanity pack: features chosen by effect, clamps fitted and calibrated. Next: `lab card`."""
     loaded = load_model(resolve_model(model), torch.bfloat16)
-    pack = make_concept(loaded, load_sae(sae), name, harmful, benign, ConceptConfig(), out, console)
-    console.print_json(data=pack.card.evaluation)
+    make_concept(loaded, load_sae(sae), name, harmful, benign, ConceptConfig(), out, console)
+
+
+@app.command("card")
+def card_command(
+    pack: Annotated[Path, typer.Argument(help="Pack directory; its card.json is rewritten.")],
+    harmful: Annotated[list[Path], typer.Option(help="As for `lab concept`; the test split is used.")],
+    benign: Annotated[list[Path], typer.Option(help="As for `lab concept`.")],
+    model: ModelOption = "smollm2-135m-instruct",
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts, chosen before the seeds are drawn.")] = 200,
+    seeds: Annotated[int, typer.Option(min=1, help="Continuations per prompt.")] = 5,
+) -> None:
+    """Measure a pack on held-out texts, guarded against unguarded, and write the figures into its card."""
+    loaded = load_model(resolve_model(model), torch.bfloat16)
+    measured = measure_concept(loaded, pack, harmful, benign, prompts, seeds)
+    console.print_json(data=measured.card.evaluation)
 
 
 def _record(sae: Path, key: str, figures: dict[str, Any]) -> None:

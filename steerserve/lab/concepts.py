@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -31,16 +32,28 @@ from steerserve.lab.guard_evaluation import (
     continue_prompts,
     harmful_mask,
     measure,
+    position_scores,
     seeds_for,
 )
 from steerserve.lab.lexicon import Lexicon
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack
+from steerserve.steering.packs import (
+    ConceptPack,
+    ModelRef,
+    PackCard,
+    PackTensors,
+    PolicyAction,
+    SAERef,
+    load_pack,
+    save_pack,
+)
 from steerserve.types import Op
 
 EXCERPT_CHARS = 300
+MAX_PROMPT_TOKENS = 128
+MAX_SCREENINGS = 4
 MAX_PERPLEXITY_RATIO = 1.12
 """Highest mean perplexity ratio a strength may have on validation; leaves room below the card's 15 %."""
 
@@ -54,15 +67,14 @@ class ConceptConfig:
         attribution_texts: harmful texts used to rank features.
         margins: tried in this order: how far below the fitted values, in multiples of each feature's
             maximum activation, the clamps are set; validation takes the first that keeps perplexity.
-        prompts, seeds: size of the final measurement.
+        validation_prompts: prompts on which margins are compared, with two seeds each.
     """
 
     num_features: int = 48
     attribution_texts: int = 1500
     fit_steps: int = 100
-    margins: tuple[float, ...] = (0.3, 0.25, 0.2, 0.15, 0.1, 0.0)
-    prompts: int = 200
-    seeds: int = 5
+    margins: tuple[float, ...] = (0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
+    validation_prompts: int = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +134,6 @@ def build_pack(
     """Write a pack whose score is Σ f / max_activation and whose threshold 1 % of ``benign`` texts exceed."""
     W_enc, b_enc, threshold, max_norm, W_dec = (rows.numpy() for rows in sae.rows(features.ids))
     weight = 1 / features.max_activation
-    scores = text_scores(model, sae, features, weight, benign)
     tensors = PackTensors(
         W_enc=W_enc,
         b_enc=b_enc,
@@ -134,21 +145,18 @@ def build_pack(
         max_activation=features.max_activation.numpy(),
         feature_ids=np.array(features.ids, dtype=np.int64),
     )
-    return save_pack(card.model_copy(update={"score_threshold": float(np.quantile(scores, 0.99))}), tensors, directory)
+    draft = save_pack(card, tensors, directory)
+    threshold_score = float(np.quantile(text_scores(model, draft, benign), 0.99))
+    return save_pack(card.model_copy(update={"score_threshold": threshold_score}), tensors, directory)
 
 
-def text_scores(
-    model: LoadedModel, sae: SAE, features: ChosenFeatures, weight: torch.Tensor, texts: Sequence[str]
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+def text_scores(model: LoadedModel, pack: ConceptPack, texts: Sequence[str]) -> npt.NDArray[np.float32]:
     """Largest concept score over the positions of each text, ``[n]``."""
-    index = torch.tensor(features.ids)
     scores: list[float] = []
     for start in range(0, len(texts), 32):
-        part = texts[start : start + 32]
-        batch = tokenize(model, part)
-        x = activations_of(model, batch.tokens, (sae.site,))[sae.site].float()
-        score = (sae.encode(x)[..., index] @ weight).masked_fill(~batch.real, 0)
-        scores += score.amax(1).tolist()
+        batch = tokenize(model, texts[start : start + 32])
+        x = activations_of(model, batch.tokens, (pack.site,))[pack.site]
+        scores += position_scores(pack, x).masked_fill(~batch.real, 0.0).amax(1).tolist()
     return np.array(scores, dtype=np.float32)
 
 
@@ -164,10 +172,11 @@ def draw_prompts(model: LoadedModel, texts: Sequence[str], count: int) -> list[s
 
     Every candidate is continued once, unguarded, with seeds used nowhere else.
     """
-    pairs = [f"{a}\n{b}\n" for a, b in zip(texts, [*texts[1:], texts[0]], strict=True)]
+    pairs = [f"{a}\n{b}\n" for a, b in zip(texts, [*texts[1:], *texts[:1]], strict=True)]
+    pairs = [pair for pair in pairs if len(model.tokenizer(pair).input_ids) <= MAX_PROMPT_TOKENS]
     chosen: list[str] = []
     catalog = Catalog.load(model)
-    for screening in range(4):
+    for screening in range(MAX_SCREENINGS):
         for start in range(0, len(pairs), 256):
             part = [pair for pair in pairs[start : start + 256] if pair not in chosen]
             continuations = continue_prompts(model, catalog, part, [screening], ())
@@ -188,7 +197,7 @@ def make_concept(
     directory: Path,
     console: Console,
 ) -> ConceptPack:
-    """Choose features, fit and calibrate clamps, measure on the test split, write the pack to ``directory``."""
+    """Choose features, fit and calibrate clamps, write the pack to ``directory``; its card has no evaluation yet."""
     for parameter in model.model.parameters():
         parameter.requires_grad_(False)
     selection = Lexicon.profanity("selection")
@@ -199,7 +208,7 @@ def make_concept(
     fitted = _fit(model, sae, features, train, completions, FitConfig(steps=config.fit_steps))
     card = _draft_card(model, sae, name)
     validation = Corpus.read(harmful, benign, Split.VALIDATION, selection)
-    trial = Trial.draw(model, validation, config.prompts // 2, num_seeds=2)
+    trial = Trial.draw(model, validation, config.validation_prompts, num_seeds=2)
     for margin in config.margins:
         value = fitted - margin * features.max_activation
         pack = build_pack(model, sae, features, value, validation.benign, card, directory)
@@ -207,15 +216,28 @@ def make_concept(
         console.print(f"margin {margin}: {describe(result)}")
         if max(result.continuation_perplexity_ratio.value, result.benign_perplexity_ratio) <= MAX_PERPLEXITY_RATIO:
             break
-    test = Corpus.read(harmful, benign, Split.TEST, Lexicon.profanity())
-    final = Trial.draw(model, test, config.prompts, config.seeds)
-    evaluation = {
-        "protocol": final.protocol(),
-        "steering": asdict(final.compare(model, pack, directory)),
-        "detection": _detection(model, sae, features, pack, test),
-    }
     data = {"margin": margin, "config": asdict(config), "harmful": len(train.harmful), "benign": len(train.benign)}
-    return save_pack(pack.card.model_copy(update={"evaluation": evaluation, "data": data}), pack.tensors, directory)
+    return save_pack(pack.card.model_copy(update={"data": data}), pack.tensors, directory)
+
+
+def measure_concept(
+    model: LoadedModel,
+    directory: Path,
+    harmful: Sequence[Path],
+    benign: Sequence[Path],
+    num_prompts: int,
+    num_seeds: int,
+) -> ConceptPack:
+    """Measure a pack on the test split, held-out lemmas included, and put the figures into its card."""
+    pack = load_pack(directory)
+    corpus = Corpus.read(harmful, benign, Split.TEST, Lexicon.profanity())
+    trial = Trial.draw(model, corpus, num_prompts, num_seeds)
+    evaluation = {
+        "protocol": trial.protocol(),
+        "steering": asdict(trial.compare(model, pack, directory)),
+        "detection": _detection(model, pack, corpus),
+    }
+    return save_pack(pack.card.model_copy(update={"evaluation": evaluation}), pack.tensors, directory)
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,13 +289,9 @@ def describe(result: Comparison) -> str:
     )
 
 
-def _detection(
-    model: LoadedModel, sae: SAE, features: ChosenFeatures, pack: ConceptPack, corpus: Corpus
-) -> dict[str, Any]:
-    """How well the score tells harmful texts from benign ones, at the pack's threshold."""
-    weight = torch.from_numpy(pack.tensors.weight)
-    harmful = text_scores(model, sae, features, weight, corpus.harmful)
-    benign = text_scores(model, sae, features, weight, corpus.benign)
+def _detection(model: LoadedModel, pack: ConceptPack, corpus: Corpus) -> dict[str, Any]:
+    """How well the pack's score tells harmful texts from benign ones, alone and at the pack's threshold."""
+    harmful, benign = text_scores(model, pack, corpus.harmful), text_scores(model, pack, corpus.benign)
     labels = np.arange(len(harmful) + len(benign)) < len(harmful)
     return {
         "harmful_texts": len(harmful),

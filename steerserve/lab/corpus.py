@@ -47,7 +47,7 @@ def read_documents(paths: Iterable[Path], split: Split) -> list[Document]:
     text with one document per line (``.txt``).
 
     Raises:
-        AssetError: a file is missing, of another kind, or has a line without text.
+        AssetError: a file is missing, of another kind, damaged, or has a line without text.
     """
     documents = [doc for path in paths for doc in _read(path) if Split.of(doc.text) is split]
     random.Random(0).shuffle(documents)
@@ -61,15 +61,20 @@ def _read(path: Path) -> Iterator[Document]:
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("jsonl", "txt"):
         raise AssetError(f"{path}: expected a .jsonl, .jsonl.gz or .txt file")
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield Document(line.strip()) if kind == "txt" else _parse(path, number, line)
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Document(line.strip()) if kind == "txt" else _parse(path, number, line)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise AssetError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def _parse(path: Path, number: int, line: str) -> Document:
     try:
         record = json.loads(line)
-        return Document(str(record["text"]), str(record.get("label", "")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise AssetError(f"{path}:{number}: expected a JSON object with a 'text' field") from error
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise AssetError(f"{path}:{number}: expected a JSON object with a 'text' field")
+    return Document(record["text"], str(record.get("label", "")))

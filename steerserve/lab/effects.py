@@ -93,7 +93,7 @@ class Completions:
     def completed_next(self, batch: TextBatch) -> torch.Tensor:
         """``[B, T]`` positions whose next token completes a listed word."""
         current, following = batch.tokens[:, :-1], batch.tokens[:, 1:]
-        pairs = torch.tensor([(a, b) for a, tokens in self.after.items() for b in tokens])
+        pairs = torch.tensor([(a, b) for a, tokens in self.after.items() for b in tokens], dtype=torch.long).view(-1, 2)
         codes = pairs[:, 0] * len(self.alone) + pairs[:, 1]
         hit = self.alone[following] | torch.isin(current * len(self.alone) + following, codes)
         return F.pad(hit & batch.real[:, 1:], (0, 1))

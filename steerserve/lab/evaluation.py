@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import track
 
+from steerserve.errors import AssetError
 from steerserve.lab.activations import ActivationStore, activations_of, ordinary_rows, pack_contexts
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
@@ -80,8 +82,14 @@ def feature_stats(sae: SAE, harvest: Path, max_tokens: int) -> FeatureStats:
 def evaluate_sae(
     model: LoadedModel, sae: SAE, texts: Iterable[str], stats: FeatureStats, context_length: int, max_tokens: int
 ) -> SAEEvaluation:
-    """Evaluate ``sae`` on held-out ``texts``; ``stats`` supplies the share of dead features."""
-    contexts = list(_limited(pack_contexts(model, texts, context_length), max_tokens // context_length))
+    """Evaluate ``sae`` on held-out ``texts``; ``stats`` supplies the share of dead features.
+
+    Raises:
+        AssetError: texts or ``max_tokens`` do not fill one context.
+    """
+    contexts = list(islice(pack_contexts(model, texts, context_length), max_tokens // context_length))
+    if not contexts:
+        raise AssetError(f"the held-out texts, cut at {max_tokens} tokens, fill no context of {context_length}")
     batches = torch.stack(contexts).split(BATCH_SIZE)
     l0, fvu, mean = _reconstruction(model, sae, batches)
     clean = _cross_entropy(model, sae, batches, lambda x: x, "cross-entropy, clean")
@@ -145,10 +153,3 @@ def _cross_entropy(
         total += F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].long().flatten(), reduction="sum").item()
         count += tokens[:, 1:].numel()
     return total / count
-
-
-def _limited(contexts: Iterable[torch.Tensor], limit: int) -> Iterable[torch.Tensor]:
-    for number, context in enumerate(contexts):
-        if number == limit:
-            return
-        yield context

@@ -190,34 +190,38 @@ def bootstrap(
 
 
 def guard_function(pack: ConceptPack) -> Mapping[Site, Callable[[torch.Tensor], torch.Tensor]]:
-    """The pack's policy as a function of the activation, through the kernel that serves it."""
-    rows = {
-        name: torch.from_numpy(getattr(pack.tensors, name))
-        for name in ("W_enc", "b_enc", "threshold", "max_norm", "W_dec")
-    }
-    k = len(pack.tensors)
+    """The pack's policy, a clamp, as a function of the activation."""
+    return {pack.site: lambda x: _through_kernel(pack, x, OpCode.CLAMP)[0]}
 
-    def guard(x: torch.Tensor) -> torch.Tensor:
-        flat = x.reshape(-1, x.shape[-1]).clone()
-        n = len(flat)
-        steer_delta_(
-            flat,
-            torch.arange(0, n * k + 1, k, dtype=torch.int32),
-            torch.arange(k, dtype=torch.int32).repeat(n),
-            torch.full((n * k,), int(OpCode.CLAMP), dtype=torch.uint8),
-            torch.from_numpy(pack.tensors.value).repeat(n),
-            rows["W_enc"],
-            rows["b_enc"],
-            rows["threshold"],
-            rows["max_norm"],
-            rows["W_dec"],
-            torch.empty(n * k),
-            torch.empty(n * k),
-            torch.empty(n),
-        )
-        return flat.view_as(x)
 
-    return {Site.parse(pack.card.site): guard}
+def position_scores(pack: ConceptPack, x: torch.Tensor) -> torch.Tensor:
+    """The concept's score ``[B, T]`` at each position of ``x`` ``[B, T, d]``."""
+    activation = _through_kernel(pack, x, OpCode.MONITOR)[1]
+    return (activation @ torch.from_numpy(pack.tensors.weight)).view(x.shape[:-1])
+
+
+def _through_kernel(pack: ConceptPack, x: torch.Tensor, op: OpCode) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` after ``op`` on every feature of the pack, and the activations ``[rows, k]`` read before."""
+    flat = x.reshape(-1, x.shape[-1]).clone()
+    tensors = pack.tensors
+    n, k = len(flat), len(tensors)
+    activation = torch.empty(n, k)
+    steer_delta_(
+        flat,
+        torch.arange(0, n * k + 1, k, dtype=torch.int32),
+        torch.arange(k, dtype=torch.int32).repeat(n),
+        torch.full((n * k,), int(op), dtype=torch.uint8),
+        torch.from_numpy(tensors.value).repeat(n),
+        torch.from_numpy(tensors.W_enc),
+        torch.from_numpy(tensors.b_enc),
+        torch.from_numpy(tensors.threshold),
+        torch.from_numpy(tensors.max_norm),
+        torch.from_numpy(tensors.W_dec),
+        activation.view(-1),
+        torch.empty(n * k),
+        torch.empty(n),
+    )
+    return flat.view_as(x), activation
 
 
 @torch.inference_mode()

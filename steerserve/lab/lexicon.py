@@ -45,6 +45,8 @@ class Lexicon:
             return plain in self.forms
         if "*" in word:
             return self._matches_mask(word.lower())
+        if plain.isdecimal():
+            return False  # the number 455 spells no word
         spelled = plain.translate(_SUBSTITUTIONS)
         candidates = (spelled, re.sub(r"(.)\1{2,}", r"\1\1", spelled), re.sub(r"(.)\1+", r"\1", spelled))
         collapsible = re.search(r"(.)\1{2,}", spelled) is not None

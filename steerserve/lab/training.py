@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from steerserve.errors import InvalidRequestError
 from steerserve.lab.activations import MASSIVE_NORM_RATIO, ActivationStore
 from steerserve.sae.model import SAE
 
@@ -44,6 +45,10 @@ class TrainConfig:
     dead_after_rows: int = 400_000
     threshold_decay: float = 0.999
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.k > self.d_sae:
+            raise InvalidRequestError("k", self.k, f"at most d_sae, {self.d_sae}")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import logging
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -30,7 +30,7 @@ class EngineLoop:
     """Runs ``engine``; every request that was opened ends with a last output or an exception.
 
     Args:
-        on_broken: called in the event loop, once, when the engine fails twice in a row and is given up.
+        on_broken: called in the event loop, once, when the engine has failed and cannot go on.
     """
 
     def __init__(self, engine: Engine, on_broken: Callable[[], Awaitable[None]]) -> None:
@@ -43,6 +43,8 @@ class EngineLoop:
         self._idle.set()
         self._refusal: str | None = None
         self._admission = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
+        self._admitting = threading.Lock()  # holds up admission while a failed step is undone
+        self._admitted: set[str] = set()  # what the engine holds
         self._work = threading.Event()
         self._stopping = False
         self._event_loop = asyncio.get_running_loop()
@@ -85,19 +87,25 @@ class EngineLoop:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
-            self._fail_all(ServiceError("UNAVAILABLE", _STOPPED_EARLY))
+            self._fail(self._queues, ServiceError("UNAVAILABLE", _STOPPED_EARLY))
 
     async def stop(self) -> None:
         """End both threads; requests still open end with ServiceError."""
         self._refusal = "the server is shutting down"
-        self._fail_all(ServiceError("UNAVAILABLE", _STOPPED_EARLY))
+        self._fail(self._queues, ServiceError("UNAVAILABLE", _STOPPED_EARLY))
         self._stopping = True
         self._work.set()
         await asyncio.to_thread(self._thread.join)
         self._admission.shutdown(wait=False)
 
     def _admit(self, request: GenerateRequest) -> None:
-        self.engine.add_request(request)
+        with self._admitting:
+            self._admitted.add(request.request_id)  # before it can end
+            try:
+                self.engine.add_request(request)
+            except BaseException:
+                self._admitted.discard(request.request_id)
+                raise
         self._work.set()
 
     def _abort(self, request_id: str) -> None:
@@ -108,12 +116,11 @@ class EngineLoop:
         try:
             self._step_until_stopped()
         except Exception:
-            _log.critical("the engine failed twice in a row and is given up", exc_info=True)
+            _log.critical("the engine cannot drop what it failed on and is given up", exc_info=True)
         if not self._stopping:
             asyncio.run_coroutine_threadsafe(self._give_up(), self._event_loop)
 
     def _step_until_stopped(self) -> None:
-        failed = False
         while not self._stopping:
             if not self.engine.has_unfinished():
                 self._work.wait()
@@ -122,20 +129,22 @@ class EngineLoop:
             try:
                 outputs = self.engine.step()
             except Exception:
-                if failed:
-                    raise
-                failed = True
-                self._abort_all()
+                _log.exception("engine.step failed; every request in flight is ended")
+                self._drop_everything()
             else:
-                failed = False
                 self._event_loop.call_soon_threadsafe(self._deliver, outputs)
+                self._admitted.difference_update(output.request_id for output in outputs if _is_last(output))
 
-    def _abort_all(self) -> None:
-        _log.exception("engine.step failed; every request in flight is ended")
-        for request_id in list(self._queues):
-            self.engine.abort(request_id)
-        error = ServiceError("INTERNAL", "the engine failed on a batch that held this request")
-        self._event_loop.call_soon_threadsafe(self._fail_all, error)
+    def _drop_everything(self) -> None:
+        """Any request may have made the step fail: end them all, and see that a step without them succeeds."""
+        with self._admitting:
+            failed = list(self._admitted)
+            error = ServiceError("INTERNAL", "the engine failed on a batch that held this request")
+            self._event_loop.call_soon_threadsafe(self._fail, failed, error)
+            for engine_id in failed:
+                self.engine.abort(engine_id)
+            self._admitted.clear()
+            self.engine.step()
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         for output in outputs:
@@ -143,13 +152,15 @@ class EngineLoop:
             if queue is not None:
                 queue.put_nowait(output if output.error is None else output.error)
 
-    def _fail_all(self, error: Exception) -> None:
-        for queue in self._queues.values():
-            queue.put_nowait(error)
+    def _fail(self, engine_ids: Iterable[str], error: Exception) -> None:
+        for engine_id in engine_ids:
+            queue = self._queues.get(engine_id)
+            if queue is not None:
+                queue.put_nowait(error)
 
     async def _give_up(self) -> None:
         self._refusal = "the engine is out of order"
-        self._fail_all(ServiceError("UNAVAILABLE", self._refusal))
+        self._fail(self._queues, ServiceError("UNAVAILABLE", self._refusal))
         await self._on_broken()
 
 
@@ -159,5 +170,9 @@ async def _outputs(queue: asyncio.Queue[_Item], request_id: str) -> AsyncIterato
         if isinstance(item, Exception):
             raise item
         yield replace(item, request_id=request_id)
-        if item.finish_reason is not None:
+        if _is_last(item):
             return
+
+
+def _is_last(output: StepOutput) -> bool:
+    return output.finish_reason is not None or output.error is not None

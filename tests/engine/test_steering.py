@@ -248,6 +248,20 @@ def test_long_responses_are_counted_in_full(load_tiny, make_engine, run) -> None
     assert line.tokens_edited == len("The quick brown fox") + 99
 
 
+def test_joins_and_leaves_lose_no_count(load_tiny, make_engine, run) -> None:
+    model = load_tiny()
+    spec = steer(feature(3, Op.CLAMP, 7.0), feature(4, Op.ADD, 1.0, phase=Phase.GENERATED))
+    alone = run(make_engine(model), [request("r", spec, max_tokens=20)])["r"].receipt
+    others = [request(f"o{i}", steer(feature(5, Op.BLOCK)), max_tokens=2 + i) for i in range(5)]
+    crowded = run(make_engine(model), [request("r", spec, max_tokens=20), *others], [0, 1, 3, 3, 6, 12])["r"].receipt
+    assert crowded.plan_hash == alone.plan_hash
+    for line, expected in zip(crowded.interventions, alone.interventions, strict=True):
+        counts = (line.tokens_in_scope, line.tokens_covered, line.tokens_edited)
+        assert counts == (expected.tokens_in_scope, expected.tokens_covered, expected.tokens_edited)
+        assert line.mean_relative_edit == pytest.approx(expected.mean_relative_edit, rel=1e-4)
+        assert line.max_activation == pytest.approx(expected.max_activation, rel=1e-4)
+
+
 def test_receipt_shows_that_nothing_ran(load_tiny, make_engine, run) -> None:
     """Coverage is what the kernel left, not what was asked: without the hooks there is none."""
     engine = make_engine(load_tiny())

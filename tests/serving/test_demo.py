@@ -41,10 +41,18 @@ def test_a_policy_that_removes_everything_has_a_certain_reduction() -> None:
     assert rates([1, 2, 1], [0, 0, 0]).interval() == (1.0, 1.0)
 
 
-def test_nothing_to_reduce_is_not_a_number() -> None:
-    measured = rates([0, 0], [0, 0])
-    assert math.isnan(measured.reduction())
-    assert all(map(math.isnan, measured.interval()))
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        (rates([2, 1], [0, 1]), ["3 of 4", "75.0%", "25.0%", "reduction 66.7%, 95 % interval"]),
+        (rates([0, 0], [0, 0]), ["0 of 4", "nothing to reduce"]),
+    ],
+)
+def test_rates_are_shown_with_their_counts(measured, expected) -> None:
+    shown = io.StringIO()
+    demo.show_rates(measured, Console(file=shown, width=100))
+    for text in expected:
+        assert text in shown.getvalue()
 
 
 @pytest.mark.parametrize(

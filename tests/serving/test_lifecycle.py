@@ -81,21 +81,28 @@ def test_closing_a_stream_frees_the_slot_and_its_id(client, wait_until) -> None:
 
 
 def test_a_failing_step_ends_its_requests_and_the_server_goes_on(own_server, monkeypatch, caplog) -> None:
+    """Six requests on four slots: running and waiting ones all end, and nothing of them is left."""
     step = own_server.engine.step
 
     def fail_once() -> None:
         monkeypatch.setattr(own_server.engine, "step", step)
         raise RuntimeError("secret detail")
 
-    with SteerserveClient(own_server.address) as client:
-        stream = client.generate_stream("Hello", **LONG)
-        next(stream)
-        monkeypatch.setattr(own_server.engine, "step", fail_once)
+    def ask(_: int) -> ServiceError:
         with pytest.raises(ServiceError) as raised:
-            list(stream)
-        assert raised.value.code == "INTERNAL"
-        assert "secret" not in str(raised.value)
+            client.generate("Hello", **LONG)
+        return raised.value
+
+    with SteerserveClient(own_server.address) as client, ThreadPoolExecutor(6) as pool:
+        errors = pool.map(ask, range(6))
+        while (info := client.get_server_info()).num_requests_running + info.num_requests_waiting < 6:
+            pass
+        monkeypatch.setattr(own_server.engine, "step", fail_once)
+        for error in errors:
+            assert (error.code, "secret" in str(error)) == ("INTERNAL", False)
         assert "secret detail" in caplog.text
+        info = client.get_server_info()
+        assert (info.num_requests_running, info.num_requests_waiting) == (0, 0)
         assert len(client.generate("Hello", max_tokens=2, ignore_eos=True).token_ids) == 2
         assert health(own_server.address) == SERVING
 

@@ -1,0 +1,210 @@
+"""SAELens files: what we write comes back bit for bit, what we cannot compute exactly is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from steerserve.errors import AssetError
+from steerserve.sae.model import SAE
+from steerserve.sae.saelens import load_sae, save_max_activation, save_sae
+from steerserve.types import Site, Stream
+
+TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+D_IN, D_SAE = 5, 9
+
+
+@pytest.fixture
+def sae() -> SAE:
+    generator = torch.Generator().manual_seed(0)
+    return SAE(
+        name="toy",
+        site=Site(3, Stream.MLP_OUT),
+        W_enc=torch.randn(D_IN, D_SAE, generator=generator),
+        b_enc=torch.randn(D_SAE, generator=generator),
+        W_dec=torch.randn(D_SAE, D_IN, generator=generator),
+        b_dec=torch.randn(D_IN, generator=generator),
+        threshold=torch.rand(D_SAE, generator=generator),
+        max_norm=12.5,
+        max_activation=torch.rand(D_SAE, generator=generator),
+        metadata={"model_name": "tiny", "model_fingerprint": "f" * 64},
+    )
+
+
+@pytest.fixture
+def directory(sae: SAE, tmp_path: Path) -> Path:
+    save_sae(sae, tmp_path / "toy", torch.float32)
+    return tmp_path / "toy"
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    path = directory / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = directory / "sae_weights.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_saved_comes_back(sae: SAE, tmp_path: Path, dtype: torch.dtype) -> None:
+    save_sae(sae, tmp_path / "toy", dtype)
+    loaded = load_sae(tmp_path / "toy")
+    for name in TENSORS:
+        saved_as = dtype if name.startswith("W_") else torch.float32
+        assert torch.equal(getattr(loaded, name), getattr(sae, name).to(saved_as).float()), name
+        assert getattr(loaded, name).dtype == torch.float32
+    assert torch.equal(loaded.max_activation, sae.max_activation)
+    assert (loaded.name, loaded.site, loaded.max_norm, loaded.apply_b_dec_to_input) == ("toy", sae.site, 12.5, True)
+    assert loaded.metadata.items() >= sae.metadata.items()
+    assert loaded.sha256 == hashlib.sha256((tmp_path / "toy" / "sae_weights.safetensors").read_bytes()).hexdigest()
+
+
+def test_a_second_round_trip_changes_no_byte(directory: Path, tmp_path: Path) -> None:
+    save_sae(load_sae(directory), tmp_path / "again", torch.float32)
+    for file in ("cfg.json", "sae_weights.safetensors", "max_activation.safetensors"):
+        assert (directory / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+
+
+def test_the_hash_follows_the_weights_alone(directory: Path) -> None:
+    before = load_sae(directory).sha256
+    save_max_activation(torch.ones(D_SAE), directory)
+    edit_config(directory, note="new")
+    assert load_sae(directory).sha256 == before
+    edit_tensors(directory, lambda tensors: tensors["b_enc"].add_(1))
+    assert load_sae(directory).sha256 != before
+
+
+def test_an_sae_without_extras(sae: SAE, tmp_path: Path) -> None:
+    plain = replace(sae, max_norm=float("inf"), max_activation=None, apply_b_dec_to_input=False)
+    save_sae(plain, tmp_path / "toy")
+    loaded = load_sae(tmp_path / "toy")
+    assert (loaded.max_norm, loaded.max_activation, loaded.apply_b_dec_to_input) == (float("inf"), None, False)
+
+
+def test_standard_is_relu(directory: Path) -> None:
+    edit_config(directory, architecture="standard")
+    edit_tensors(directory, lambda tensors: tensors.pop("threshold"))
+    assert torch.equal(load_sae(directory).threshold, torch.zeros(D_SAE))
+
+
+def test_a_config_of_before_saelens_6(directory: Path) -> None:
+    """Flat keys, no architecture, a boolean for normalisation, and a scaling factor that does nothing."""
+    old = {"d_in": D_IN, "d_sae": D_SAE, "hook_name": "blocks.8.hook_resid_pre", "normalize_activations": False}
+    (directory / "cfg.json").write_text(json.dumps(old | {"activation_fn_str": "relu"}))
+    edit_tensors(directory, lambda tensors: tensors.pop("threshold"))
+    edit_tensors(directory, lambda tensors: tensors.update(scaling_factor=torch.ones(D_SAE)))
+    loaded = load_sae(directory)
+    assert loaded.site == Site(8, Stream.RESID_PRE)
+    assert torch.equal(loaded.threshold, torch.zeros(D_SAE))
+
+
+def test_a_negative_threshold_means_zero(directory: Path, sae: SAE) -> None:
+    """SAELens takes relu(pre) before it compares, so that no feature is ever negative."""
+    edit_tensors(directory, lambda tensors: tensors["threshold"].neg_())
+    loaded = load_sae(directory)
+    assert torch.equal(loaded.threshold, torch.zeros(D_SAE))
+    assert (loaded.encode(torch.randn(50, D_IN, generator=torch.Generator().manual_seed(0))) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architecture": "topk"}, "architecture 'topk' is not supported"),
+        ({"architecture": "gated"}, "architecture 'gated' is not supported"),
+        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' is not supported"),
+        ({"normalize_activations": True}, "normalize_activations=True is not supported"),
+        ({"activation_fn_str": "topk"}, "activation function 'topk' is not supported"),
+        ({"activation_fn": "tanh-relu"}, "activation function 'tanh-relu' is not supported"),
+        ({"metadata": {}}, "metadata.hook_name is missing"),
+        ({"metadata": []}, "expected a JSON object whose metadata is one too"),
+        ({"metadata": {"hook_name": "blocks.3.attn.hook_z"}}, r"hook_name: got 'blocks.3.attn.hook_z', expected"),
+        ({"d_sae": D_SAE + 1}, r"W_enc has shape \(5, 9\), expected \(5, 10\)"),
+        ({"d_in": None}, "d_in is None, expected a positive integer"),
+        ({"metadata": {"hook_name": "blocks.0.hook_mlp_out", "max_norm": float("nan")}}, "max_norm is nan"),
+        ({"metadata": {"hook_name": "blocks.0.hook_mlp_out", "max_norm": "big"}}, "max_norm is 'big'"),
+    ],
+)
+def test_configs_that_are_refused(directory: Path, config: dict[str, Any], message: str) -> None:
+    edit_config(directory, **config)
+    with pytest.raises(AssetError, match=message) as caught:
+        load_sae(directory)
+    assert str(directory) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda tensors, name: tensors.pop(name), "tensor {} is missing"),
+        (lambda tensors, name: tensors.update({name: tensors[name][:-1].clone()}), "{} has shape"),
+        (lambda tensors, name: tensors[name].view(-1)[1:2].fill_(float("nan")), "{} holds NaN or infinity"),
+        (lambda tensors, name: tensors[name].view(-1)[1:2].fill_(float("inf")), "{} holds NaN or infinity"),
+    ],
+    ids=["missing", "shape", "nan", "infinite"],
+)
+def test_weights_that_are_refused(directory: Path, name: str, edit: Callable[..., object], message: str) -> None:
+    edit_tensors(directory, lambda tensors: edit(tensors, name))
+    with pytest.raises(AssetError, match=message.format(name)):
+        load_sae(directory)
+
+
+@pytest.mark.parametrize("name", ["W_skip", "scaling_factor"])
+def test_a_tensor_that_would_change_the_equations_is_refused(directory: Path, name: str) -> None:
+    edit_tensors(directory, lambda tensors: tensors.update({name: torch.full((D_SAE,), 2.0)}))
+    with pytest.raises(AssetError, match=f"{name} has no place in a jumprelu SAE"):
+        load_sae(directory)
+
+
+def test_maximum_activations_of_another_sae_are_refused(directory: Path) -> None:
+    save_max_activation(torch.ones(D_SAE - 1), directory)
+    with pytest.raises(AssetError, match="max_activation has shape"):
+        load_sae(directory)
+
+
+def test_files_that_are_missing_or_damaged(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match="no cfg.json"):
+        load_sae(tmp_path / "nothing")
+    weights = directory / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(AssetError, match="cannot be read as safetensors"):
+        load_sae(directory)
+    weights.unlink()
+    with pytest.raises(AssetError, match="cannot be read as safetensors"):
+        load_sae(directory)
+    (directory / "cfg.json").write_text("{")
+    with pytest.raises(AssetError, match="not valid JSON"):
+        load_sae(directory)
+    (directory / "cfg.json").write_text("[]")
+    with pytest.raises(AssetError, match="expected a JSON object"):
+        load_sae(directory)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_saelens_reads_our_files_alike(directory: Path, tmp_path: Path) -> None:
+    """And we read what SAELens writes. Runs where sae-lens is installed; it is not among our dependencies."""
+    sae_lens = pytest.importorskip("sae_lens")
+    ours = load_sae(directory)
+    theirs = sae_lens.SAE.load_from_disk(directory)
+    x = torch.randn(200, D_IN, generator=torch.Generator().manual_seed(1))
+    f = ours.encode(x)
+    assert 0 < (f > 0).float().mean() < 1
+    torch.testing.assert_close(theirs.encode(x), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs.decode(f), ours.decode(f), rtol=1e-5, atol=1e-5)
+    assert theirs.cfg.metadata.hook_name == str(ours.site)
+    theirs.save_model(tmp_path / "theirs")
+    back = load_sae(tmp_path / "theirs")
+    assert back.site == ours.site
+    for name in TENSORS:
+        assert torch.equal(getattr(back, name), getattr(ours, name))

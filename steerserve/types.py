@@ -26,12 +26,15 @@ def _require(valid: bool, field: str, value: object, expected: str) -> None:
 
 
 class Stream(StrEnum):
-    """Which activation of a layer. TransformerLens meaning: ``*_out`` is what is added to the residual."""
+    """Which activation of a layer. TransformerLens meaning: ``*_out`` is what is added to the residual.
+
+    Members stand in the order in which a layer computes them.
+    """
 
     RESID_PRE = "resid_pre"
-    RESID_POST = "resid_post"
     ATTN_OUT = "attn_out"
     MLP_OUT = "mlp_out"
+    RESID_POST = "resid_post"
 
 
 _SITE_PATTERNS = (
@@ -40,7 +43,7 @@ _SITE_PATTERNS = (
 )
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Site:
     """A place in the model where an activation is read or edited.
 
@@ -68,6 +71,14 @@ class Site:
         raise InvalidRequestError(
             field, name, f"'blocks.<layer>.hook_<stream>' with stream one of {streams}, or 'model.layers.<layer>'"
         )
+
+    def __lt__(self, other: Site) -> bool:
+        """The forward pass reaches this site earlier."""
+        return self._depth < other._depth
+
+    @property
+    def _depth(self) -> tuple[int, int]:
+        return self.layer, list(Stream).index(self.stream)
 
     def __str__(self) -> str:
         return f"blocks.{self.layer}.hook_{self.stream}"

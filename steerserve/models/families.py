@@ -66,8 +66,7 @@ class FamilyAdapter:
 
     def sites(self, model: PreTrainedModel) -> list[Site]:
         """Every site of the model, in the order the forward pass reaches them."""
-        order = (Stream.RESID_PRE, Stream.ATTN_OUT, Stream.MLP_OUT, Stream.RESID_POST)
-        return [Site(layer, stream) for layer in range(len(self.layers(model))) for stream in order]
+        return [Site(layer, stream) for layer in range(len(self.layers(model))) for stream in Stream]
 
 
 _LLAMA = FamilyAdapter("model.layers", attn_out="self_attn", mlp_out="mlp", mask_per_layer_type=False)

@@ -56,6 +56,7 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog) 
     packs = _find_policies(policies, catalog)
     edits += [_compile_policy(pack, f"policies[{index}]") for index, pack in enumerate(packs)]
     _refuse_double_edits(edits)
+    _refuse_edits_behind_guards(edits)
     used = {pack.tag: pack.sha256 for edit in edits if (pack := edit.target.pack) is not None}
     plan = Plan(
         interventions=tuple(_planned(edit) for edit in edits),
@@ -149,6 +150,16 @@ def _refuse_double_edits(edits: Iterable[_Edit]) -> None:
                 expected = f"a feature that {edited[key]} does not already edit"
                 raise InvalidRequestError(field, f"{edit.target.label}: feature {identity[1]}", expected)
             edited[key] = edit.field
+
+
+def _refuse_edits_behind_guards(edits: Sequence[_Edit]) -> None:
+    """A guard sees what a request did at or before its site; behind it, a request could undo the guard."""
+    guards = [edit for edit in edits if edit.stage is Stage.POLICY]
+    for edit in edits:
+        for guard in guards:
+            if edit.stage is Stage.REQUEST and edit.op is not Op.MONITOR and guard.target.site < edit.target.site:
+                expected = f"a site not behind {guard.target.site}, where {guard.source} acts, or no such policy"
+                raise InvalidRequestError(f"{edit.field}.target", str(edit.target.site), expected)
 
 
 def _planned(edit: _Edit) -> PlannedIntervention:

@@ -194,6 +194,27 @@ def test_policies_that_edit_one_feature_are_refused(catalog, make_pack) -> None:
     assert compile_plan(spec(feature(3)), ("mood",), catalog).hash
 
 
+BEHIND = [Site(3, Stream.RESID_PRE), Site(3, Stream.MLP_OUT), Site(3, Stream.RESID_POST)]
+BEFORE = [Site(0, Stream.RESID_POST), Site(2, Stream.RESID_PRE), Site(2, Stream.ATTN_OUT)]
+
+
+@pytest.mark.parametrize("site", BEHIND, ids=str)
+def test_an_edit_behind_a_guard_is_refused(site, catalog) -> None:
+    late = spec(feature(1, Op.MONITOR), direction(Op.ADD, 1.0, site=site))
+    with pytest.raises(InvalidRequestError) as caught:
+        compile_plan(late, ("mood",), catalog)
+    assert caught.value.field == "steering.interventions[1].target"
+    assert "policy:mood@2" in caught.value.expected
+    assert compile_plan(late, (), catalog).interventions, "without the guard it is fine"
+    reading = spec(direction(Op.MONITOR, site=site))
+    assert compile_plan(reading, ("mood",), catalog).interventions, "reading is always fine"
+
+
+@pytest.mark.parametrize("site", BEFORE, ids=str)
+def test_an_edit_before_a_guard_is_fine(site, catalog) -> None:
+    assert compile_plan(spec(direction(Op.ADD, 1.0, site=site)), ("mood",), catalog).policies == ("mood@2",)
+
+
 def test_features_without_recorded_maxima_refuse_relative_values(catalog, sae) -> None:
     bare = replace(catalog, saes={"toy-sae": replace(sae, max_activation=None)})
     with pytest.raises(InvalidRequestError, match="no recorded maximum"):

@@ -126,7 +126,9 @@ def show_side_by_side(client: SteerserveClient, prompt: str, console: Console) -
         unguarded, guarded = pool.map(lambda guard: _stream(client, prompt, SEEDS[0], guard), (False, True))
     scores = [token_scores(unguarded), token_scores(guarded)]
     full_scale = max(map(peak, scores))
-    table = Table("unguarded", f"policy {CONCEPT}", title=Text(prompt, "bold"), title_justify="left", expand=True)
+    table = Table(title=Text(prompt, "bold"), title_justify="left", expand=True)
+    for heading in ("unguarded", f"policy {CONCEPT}"):
+        table.add_column(heading, ratio=1)
     table.add_row(*(_marked(prompt, tokens, full_scale) for tokens in scores))
     console.print(table)
     receipt = guarded[-1].receipt

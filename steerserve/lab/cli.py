@@ -70,9 +70,10 @@ def train_command(
             text = f"train  FVU {stats.fvu:.3f}  dead {stats.dead_share:.1%}"
             progress.update(task, completed=stats.step, description=text)
 
-        sae = train_batch_topk(ActivationStore(activations, Site.parse(site), seed=seed), config, out.name, report)
+        store = ActivationStore(activations, Site.parse(site), seed=seed)
+        sae = train_batch_topk(store, config, out.name, report)
     save_sae(sae, out)
-    _record(out, "training", asdict(config))
+    _record(out, "training", {**asdict(config), "harvested_tokens": store.manifest.num_tokens})
 
 
 @app.command("eval")

@@ -54,8 +54,8 @@ from steerserve.types import Op
 EXCERPT_CHARS = 300
 MAX_PROMPT_TOKENS = 128
 MAX_SCREENINGS = 4
-MAX_PERPLEXITY_RATIO = 1.12
-"""Highest mean perplexity ratio a strength may have on validation; leaves room below the card's 15 %."""
+MAX_PERPLEXITY_RATIO = 1.15
+"""What both perplexity ratios must stay below on validation, with the worse end of their interval."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,16 @@ class ConceptConfig:
         attribution_texts: harmful texts used to rank features.
         margins: tried in this order: how far below the fitted values, in multiples of each feature's
             maximum activation, the clamps are set; validation takes the first that keeps perplexity.
-        validation_prompts: prompts on which margins are compared, with two seeds each.
+        validation_prompts, validation_seeds: continuations on which margins are compared; too few, and
+            noise picks the margin.
     """
 
     num_features: int = 48
     attribution_texts: int = 1500
     fit_steps: int = 100
-    margins: tuple[float, ...] = (0.25, 0.2, 0.15, 0.1, 0.05, 0.0)
+    margins: tuple[float, ...] = (0.2, 0.15, 0.1, 0.05, 0.0)
     validation_prompts: int = 100
+    validation_seeds: int = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,13 +210,13 @@ def make_concept(
     fitted = _fit(model, sae, features, train, completions, FitConfig(steps=config.fit_steps))
     card = _draft_card(model, sae, name)
     validation = Corpus.read(harmful, benign, Split.VALIDATION, selection)
-    trial = Trial.draw(model, validation, config.validation_prompts, num_seeds=2)
+    trial = Trial.draw(model, validation, config.validation_prompts, config.validation_seeds)
     for margin in config.margins:
         value = fitted - margin * features.max_activation
         pack = build_pack(model, sae, features, value, validation.benign, card, directory)
         result = trial.compare(model, pack, directory)
         console.print(f"margin {margin}: {describe(result)}")
-        if max(result.continuation_perplexity_ratio.value, result.benign_perplexity_ratio) <= MAX_PERPLEXITY_RATIO:
+        if max(result.continuation_perplexity_ratio.high, result.benign_perplexity_ratio) <= MAX_PERPLEXITY_RATIO:
             break
     data = {"margin": margin, "config": asdict(config), "harmful": len(train.harmful), "benign": len(train.benign)}
     return save_pack(pack.card.model_copy(update={"data": data}), pack.tensors, directory)

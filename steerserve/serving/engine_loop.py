@@ -139,12 +139,12 @@ class EngineLoop:
         """Any request may have made the step fail: end them all, and see that a step without them succeeds."""
         with self._admitting:
             failed = list(self._admitted)
-            error = ServiceError("INTERNAL", "the engine failed on a batch that held this request")
-            self._event_loop.call_soon_threadsafe(self._fail, failed, error)
             for engine_id in failed:
                 self.engine.abort(engine_id)
             self._admitted.clear()
             self.engine.step()
+        error = ServiceError("INTERNAL", "the engine failed on a batch that held this request")
+        self._event_loop.call_soon_threadsafe(self._fail, failed, error)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         for output in outputs:

@@ -174,7 +174,7 @@ def test_maximum_activations_of_another_sae_are_refused(directory: Path) -> None
 
 
 def test_files_that_are_missing_or_damaged(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssetError, match="no cfg.json"):
+    with pytest.raises(AssetError, match=r"no cfg\.json"):
         load_sae(tmp_path / "nothing")
     weights = directory / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])

@@ -229,10 +229,10 @@ def spawn_server() -> Callable[[list[str]], AbstractContextManager[tuple[subproc
 
 @pytest.fixture(scope="session")
 def wait_until() -> Callable[[Callable[[], bool]], None]:
-    """Poll a condition until it holds; fails the test if it does not within 10 seconds."""
+    """Poll a condition until it holds; fails the test if it does not within 20 seconds."""
 
     def wait(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 20
         while not condition():
             assert time.monotonic() < deadline, "timed out"
             time.sleep(0.02)

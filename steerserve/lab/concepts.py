@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
 
+from steerserve.errors import AssetError
 from steerserve.lab.activations import activations_of, ordinary_rows
 from steerserve.lab.corpus import Split, read_documents
 from steerserve.lab.effects import Completions, FitConfig, attribute, fit_clamps, tokenize
@@ -230,8 +231,16 @@ def measure_concept(
     num_prompts: int,
     num_seeds: int,
 ) -> ConceptPack:
-    """Measure a pack on the test split, held-out lemmas included, and put the figures into its card."""
+    """Measure a pack on the test split, held-out lemmas included, and put the figures into its card.
+
+    Raises:
+        AssetError: no pack, or one whose policy is not a plain clamp.
+        IncompatibleError: a pack made on another model.
+    """
     pack = load_pack(directory)
+    pack.check_model(model)
+    if pack.card.policy != PolicyAction(op=Op.CLAMP):
+        raise AssetError(f"{directory}: only packs whose policy is a clamp of all tokens can be measured")
     corpus = Corpus.read(harmful, benign, Split.TEST, Lexicon.profanity())
     trial = Trial.draw(model, corpus, num_prompts, num_seeds)
     evaluation = {

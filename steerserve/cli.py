@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 STEER_HELP = (
-    "TARGET=OP[:VALUE][@PHASE], repeatable. TARGET: CONCEPT, SAE/FEATURE or direction:FILE.npy@SITE. "
+    "TARGET=OP\\[:VALUE]\\[@PHASE], repeatable. TARGET: CONCEPT, SAE/FEATURE or direction:FILE.npy@SITE. "
     "OP: clamp, clamp_always, clip, block, scale, add, monitor. VALUE: a number, or '2.0x', a multiple of the "
     "recorded maximum activation. PHASE: all, prompt, generated. Example: profanity=clamp:-1x"
 )

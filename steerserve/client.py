@@ -15,6 +15,7 @@ from typing import Self, TypedDict, Unpack, cast
 
 import grpc
 
+from steerserve.errors import InvalidRequestError
 from steerserve.serving.convert import request_to_proto
 from steerserve.serving.convert_response import output_from_proto
 from steerserve.serving.status import error_of
@@ -150,6 +151,9 @@ class SteerserveClient:
 
 
 def _request(prompt: str | Sequence[int] | Sequence[Message], options: GenerateOptions) -> GenerateRequest:
+    for name in options.keys() - GenerateOptions.__annotations__.keys():
+        # A TypedDict is not checked at run time, and a mistyped `policies` must not drop a guard.
+        raise InvalidRequestError(name, options.get(name), f"one of {', '.join(GenerateOptions.__annotations__)}")
     default = SamplingParams()
     interventions = (
         parse_intervention(item, f"steer[{i}]") if isinstance(item, str) else item

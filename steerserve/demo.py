@@ -76,7 +76,9 @@ def run_demo(prompts_file: Path | None = None) -> None:
     pull(MODEL)
     with running_server(console) as target, SteerserveClient(target) as client:
         console.print(f"{MODEL} at {target}, asked over gRPC; same seed left and right\n")
-        for prompt in prompts[:NUM_SHOWN]:
+        drawing = prompts_that_draw(client, prompts, console)
+        console.print(f"the first {len(drawing)} of {len(prompts)} prompts whose unguarded answer is profane:\n")
+        for prompt in drawing:
             show_side_by_side(client, prompt, console)
         show_rates(measure_rates(client, prompts, console), console)
 
@@ -118,6 +120,17 @@ def running_server(console: Console) -> Iterator[str]:
             yield ready.split()[-1]
         finally:
             process.terminate()
+
+
+def prompts_that_draw(client: SteerserveClient, prompts: Sequence[str], console: Console) -> list[str]:
+    """The first few prompts that the unguarded model answers with a listed word; any few if it answers none so."""
+    drawing: list[str] = []
+    for prompt in track(prompts, "looking for examples", console=console, transient=True):
+        if len(drawing) == NUM_SHOWN:
+            break
+        if is_profane(prompt, _generate(client, prompt, SEEDS[0], guard=False)):
+            drawing.append(prompt)
+    return drawing or list(prompts[:NUM_SHOWN])
 
 
 def show_side_by_side(client: SteerserveClient, prompt: str, console: Console) -> None:

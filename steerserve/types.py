@@ -247,8 +247,9 @@ class InterventionReceipt:
         label: the intervention in words, e.g. ``concept profanity: clamp``.
         tokens_in_scope: positions the intervention had to cover.
         tokens_covered: positions at which the kernel reported having evaluated it.
-        tokens_edited: positions at which it changed the activation.
-        mean_relative_edit: mean of |x' − x| / |x| over the edited positions; 0 if none.
+        tokens_edited: positions at which it asked for a change (f' ≠ f).
+        mean_relative_edit: mean of |x' − x| / |x| over the edited positions, before rounding to the model's
+            dtype; 0 if none.
         max_activation: largest score read in scope.
     """
 
@@ -270,7 +271,7 @@ class Receipt:
         plan_hash: SHA-256 of the compiled plan; empty for an unsteered request.
         model_fingerprint: hash of the served weights.
         packs: ``name@version`` → SHA-256 of the pack file, for every pack the plan uses.
-        steered: true only if every intervention was covered at every position in its scope.
+        steered: true only if every intervention had positions in its scope and was covered at each.
     """
 
     plan_hash: str

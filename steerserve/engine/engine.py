@@ -26,6 +26,8 @@ from steerserve.steering.catalog import Catalog
 from steerserve.steering.compiler import compile_plan
 from steerserve.types import FinishReason, GenerateRequest, PositionScores, StepOutput
 
+GUARD_FAILED = "a policy could not read its activation: not finite, or pushed beyond its SAE's norm by the request"
+
 
 class Engine:
     """Serves many requests at once, each with its own steering.
@@ -254,7 +256,7 @@ def _failures(sequences: Items[Sequence], logits: torch.Tensor, guard_failed: se
     failed: dict[int, Exception] = {}
     for row, sequence in enumerate(sequences):
         if row in guard_failed:
-            failed[row] = DetectorError(f"a policy read a non-finite activation: {', '.join(sequence.plan.policies)}")
+            failed[row] = DetectorError(f"{GUARD_FAILED}: {', '.join(sequence.plan.policies)}")
         elif not finite[row] and sequence.request.steering.interventions:
             expected = "edits that leave the model's output finite"
             failed[row] = InvalidRequestError("steering.interventions", "non-finite logits", expected)

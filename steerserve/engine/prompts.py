@@ -11,6 +11,9 @@ from steerserve.errors import InvalidRequestError
 from steerserve.models.loading import LoadedModel
 from steerserve.types import GenerateRequest, Message
 
+MAX_CHARS_PER_TOKEN = 256
+"""No text within ``max_model_len`` has more characters a token than this."""
+
 
 def encode_prompt(request: GenerateRequest, model: LoadedModel, max_model_len: int) -> list[int]:
     """Token ids of the prompt: text as the tokenizer does by default, messages by the chat template.
@@ -19,7 +22,7 @@ def encode_prompt(request: GenerateRequest, model: LoadedModel, max_model_len: i
         InvalidRequestError: an empty or overlong prompt, ids out of the vocabulary, messages the model
             has no template for, or ``max_tokens`` beyond ``max_model_len``.
     """
-    token_ids = _token_ids(request, model.tokenizer)
+    token_ids = _token_ids(request, model.tokenizer, max_model_len * MAX_CHARS_PER_TOKEN)
     if not token_ids:
         raise InvalidRequestError("prompt", request.prompt, "at least one token")
     for index, token_id in enumerate(token_ids):
@@ -36,9 +39,11 @@ def encode_prompt(request: GenerateRequest, model: LoadedModel, max_model_len: i
     return token_ids
 
 
-def _token_ids(request: GenerateRequest, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _token_ids(request: GenerateRequest, tokenizer: PreTrainedTokenizerBase, max_chars: int) -> list[int]:
     prompt = request.prompt
     if isinstance(prompt, str):
+        if len(prompt) > max_chars:  # tokenising megabytes would hold up every other request
+            raise InvalidRequestError("prompt", f"{len(prompt)} characters", f"at most {max_chars}")
         return list(tokenizer(prompt)["input_ids"]) if prompt else []
     messages = [item for item in prompt if isinstance(item, Message)]
     if messages:

@@ -55,7 +55,7 @@ class Tally:
             policies=plan.policies,
             packs=dict(plan.packs),
             interventions=tuple(map(_line, plan.interventions, self._counts)),
-            steered=bool(self._counts) and all(count.covered == count.in_scope for count in self._counts),
+            steered=bool(self._counts) and all(0 < count.in_scope == count.covered for count in self._counts),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from steerserve.engine.feature_bank import FeatureBank
 from steerserve.engine.receipt import Tally
+from steerserve.kernels.steer_delta import OpCode
 from steerserve.models.splice import SiteBank, SiteWork
 from steerserve.steering.plan import ByteArray, IntArray, Plan, SitePlan, Stage
 from steerserve.types import FloatArray, Phase, PositionScores, Site
@@ -37,6 +38,8 @@ class RowEntries:
 
     Attributes:
         stage_sizes: ``[stages]`` entries of each stage.
+        guard_limit: largest |x| on which all its policy entries are defined, if the request edits too;
+            else infinite.
     """
 
     slot: IntArray
@@ -44,6 +47,7 @@ class RowEntries:
     value: FloatArray
     stage_sizes: tuple[int, ...]
     segments: tuple[Segment, ...]
+    guard_limit: float
 
 
 SiteEntries = Mapping[Site, RowEntries]
@@ -61,7 +65,8 @@ def entries_in_phase(plan: Plan, slots: Sequence[IntArray], phase: Phase) -> Sit
         chosen = np.flatnonzero(covers).astype(np.int32)
         if len(chosen):
             parts.setdefault(part.site, []).append((_restricted(part, chosen), part_slots))
-    return {site: _row_entries(at_site) for site, at_site in parts.items()}
+    request_edits = any(part.stage is Stage.REQUEST and (part.op != OpCode.MONITOR).any() for part in plan.sites)
+    return {site: _row_entries(at_site, request_edits) for site, at_site in parts.items()}
 
 
 def _restricted(part: SitePlan, chosen: IntArray) -> SitePlan:
@@ -76,7 +81,7 @@ def _restricted(part: SitePlan, chosen: IntArray) -> SitePlan:
     )
 
 
-def _row_entries(at_site: Sequence[tuple[SitePlan, IntArray]]) -> RowEntries:
+def _row_entries(at_site: Sequence[tuple[SitePlan, IntArray]], request_edits: bool) -> RowEntries:
     ordered = sorted(at_site, key=lambda item: item[0].stage)
     intervention = np.concatenate([part.intervention for part, _ in ordered])
     starts = np.flatnonzero(np.diff(intervention, prepend=-1)).tolist()
@@ -90,6 +95,10 @@ def _row_entries(at_site: Sequence[tuple[SitePlan, IntArray]]) -> RowEntries:
         segments=tuple(
             Segment(int(intervention[start]), slice(start, stop)) for start, stop in zip(starts, stops, strict=True)
         ),
+        guard_limit=min(
+            (float(p.rows.max_norm[p.row].min()) for p, _ in ordered if request_edits and p.stage is Stage.POLICY),
+            default=np.inf,
+        ),
     )
 
 
@@ -100,10 +109,12 @@ class SiteLog:
     ``x_norm`` ``[lines, rows*stages]``. A decode step writes one line, a prefill all of them.
     """
 
-    def __init__(self, rows: Sequence[RowEntries | None], bank: SiteBank, lines: int, lines_per_run: int) -> None:
+    def __init__(self, rows: Sequence[RowEntries | None], bank: SiteBank, lines: int, is_prefill: bool) -> None:
         self._rows = rows
+        self._guard_limit = np.array([np.inf if entries is None else entries.guard_limit for entries in rows])
         self._bank = bank
-        self._lines_per_run = lines_per_run
+        self._is_prefill = is_prefill
+        self._lines_per_run = lines_per_run = lines if is_prefill else 1
         present = [entries for entries in rows if entries is not None]
         no_entries = (0,) * len(Stage)
         sizes = np.array([no_entries if entries is None else entries.stage_sizes for entries in rows]).ravel()
@@ -143,10 +154,17 @@ class SiteLog:
         )
 
     def rows_with_failed_guard(self) -> set[int]:
-        """Rows in which a policy of the last run read a non-finite activation."""
+        """Rows in which a policy of the last run read a non-finite activation, or was pushed where it reads nothing.
+
+        Beyond an SAE's largest norm every feature is 0. Attention sinks lie there by nature, and the first
+        position of a prompt is one; anywhere else, behind a request's edits, a guard must not take it for silence.
+        """
         columns, owner = self._guard_row
         read = self._last_run(self._activation)[:, columns]
-        return set(owner[~np.isfinite(read).all(axis=0)].tolist())
+        norm = self._last_run(self._x_norm).reshape(self._lines_per_run, len(self._rows), len(Stage))
+        first = 1 if self._is_prefill else 0
+        pushed = (norm[first:, :, Stage.POLICY] > self._guard_limit).any(axis=0)
+        return set(owner[~np.isfinite(read).all(axis=0)].tolist()) | set(np.flatnonzero(pushed).tolist())
 
     def last_scores(self, row: int, plan: Plan) -> list[tuple[int, FloatArray]]:
         """(intervention, score at every position of the last run) of one row."""
@@ -204,24 +222,24 @@ class SteeringLog:
     """The logs of every site that some row of a fixed batch has entries at."""
 
     def __init__(
-        self, rows: Sequence[SiteEntries], tallies: Sequence[Tally], bank: FeatureBank, lines: int, lines_per_run: int
+        self, rows: Sequence[SiteEntries], tallies: Sequence[Tally], bank: FeatureBank, lines: int, is_prefill: bool
     ) -> None:
         self._tallies = tallies
         sites = sorted({site for entries in rows for site in entries})
         self._logs = {
-            site: SiteLog([entries.get(site) for entries in rows], bank.arrays(site), lines, lines_per_run)
+            site: SiteLog([entries.get(site) for entries in rows], bank.arrays(site), lines, is_prefill)
             for site in sites
         }
 
     @classmethod
     def for_prefill(cls, entries: SiteEntries, tally: Tally, bank: FeatureBank, num_tokens: int) -> SteeringLog:
         """One row, ``num_tokens`` positions in one run."""
-        return cls([entries], [tally], bank, lines=num_tokens, lines_per_run=num_tokens)
+        return cls([entries], [tally], bank, lines=num_tokens, is_prefill=True)
 
     @classmethod
     def for_decode(cls, rows: Sequence[SiteEntries], tallies: Sequence[Tally], bank: FeatureBank) -> SteeringLog:
         """One position of every row a run."""
-        return cls(rows, tallies, bank, lines=LOG_STEPS, lines_per_run=1)
+        return cls(rows, tallies, bank, lines=LOG_STEPS, is_prefill=False)
 
     def next_run(self) -> dict[Site, SiteWork]:
         """Work of the next forward pass."""
@@ -230,7 +248,7 @@ class SteeringLog:
         return {site: log.next_run() for site, log in self._logs.items()}
 
     def rows_with_failed_guard(self) -> set[int]:
-        """Rows in which a policy of the last run read a non-finite activation."""
+        """Rows in which a policy of the last run could not read its activation."""
         return {row for log in self._logs.values() for row in log.rows_with_failed_guard()}
 
     def last_scores(self, row: int, plan: Plan, first_position: int, num_positions: int) -> tuple[PositionScores, ...]:

@@ -20,9 +20,11 @@ from steerserve.lab.concepts import ConceptConfig, make_concept, measure_concept
 from steerserve.lab.corpus import Split, read_documents
 from steerserve.lab.evaluation import evaluate_sae, feature_stats
 from steerserve.lab.training import TrainConfig, TrainStats, train_batch_topk
-from steerserve.models.loading import load_model
+from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.pull import resolve_model
-from steerserve.sae.saelens import load_sae, save_max_activation, save_sae
+from steerserve.sae.model import SAE
+from steerserve.sae.saelens import save_max_activation, save_sae
+from steerserve.steering.catalog import Catalog
 from steerserve.types import Site
 
 app = typer.Typer(help="Collect activations, train and evaluate SAEs, build concept packs.", no_args_is_help=True)
@@ -87,7 +89,7 @@ def eval_command(
 ) -> None:
     """Measure L0, FVU, ΔCE, CE recovered and the share of dead features on held-out texts."""
     loaded = load_model(resolve_model(model), torch.float32)
-    trained = load_sae(sae)
+    trained = _sae_for(loaded, sae)
     stats = feature_stats(trained, activations, density_tokens)
     held_out = [document.text for document in read_documents(texts, Split.TEST)]
     context_length = Manifest.load(activations).context_length
@@ -111,7 +113,7 @@ def concept_command(
 ) -> None:
     """Build a profanity pack: features chosen by effect, clamps fitted and calibrated. Next: `lab card`."""
     loaded = load_model(resolve_model(model), torch.bfloat16)
-    make_concept(loaded, load_sae(sae), name, harmful, benign, ConceptConfig(), out, console)
+    make_concept(loaded, _sae_for(loaded, sae), name, harmful, benign, ConceptConfig(), out, console)
 
 
 @app.command("card")
@@ -127,6 +129,12 @@ def card_command(
     loaded = load_model(resolve_model(model), torch.bfloat16)
     measured = measure_concept(loaded, pack, harmful, benign, prompts, seeds)
     console.print_json(data=measured.card.evaluation)
+
+
+def _sae_for(model: LoadedModel, directory: Path) -> SAE:
+    """The SAE in ``directory``; refused as the server would refuse it, if it was trained on another model."""
+    (sae,) = Catalog.load(model, saes=[str(directory.absolute())]).saes.values()
+    return sae
 
 
 def _record(sae: Path, key: str, figures: dict[str, Any]) -> None:

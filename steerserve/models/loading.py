@@ -59,12 +59,17 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> LoadedModel:
     adapter = adapter_for(_model_type(directory))
     fingerprint = checkpoint_fingerprint(directory)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AssetError(f"cannot load the model in {directory}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise AssetError(f"cannot load the model in {directory}: {error!r}") from error
+    model, report = loaded
+    if absent := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise AssetError(
+            f"the weights in {directory} are incomplete; transformers would invent {', '.join(absent[:3])}"
+        )
     config = model.config
     return LoadedModel(
         model=model.eval(),

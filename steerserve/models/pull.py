@@ -99,6 +99,15 @@ def pull(name: str, progress: bool = True) -> Path:
     target = cache_dir() / "models" / name
     if target.is_dir():
         return target
+    try:
+        return _pull_into(target, name, progress)
+    except OSError as error:
+        raise AssetError(
+            f"cannot write the model cache in {target.parent}: {error}; set STEERSERVE_CACHE to another directory"
+        ) from error
+
+
+def _pull_into(target: Path, name: str, progress: bool) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with _progress_bars(progress) as bars, FileLock(target.parent / f".{name}.lock"):
         if target.is_dir():  # another process pulled it while this one waited for the lock

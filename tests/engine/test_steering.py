@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from steerserve.errors import DetectorError, InvalidRequestError
 from steerserve.models.families import FAMILIES
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.catalog import Catalog
+from steerserve.steering.packs import save_pack
 from steerserve.types import (
     ConceptTarget,
     DirectionTarget,
@@ -348,6 +349,30 @@ def test_a_guard_that_reads_nonsense_ends_its_request_alone(load_tiny, make_engi
     assert responses["bad"].finish_reason is None
     assert responses["bad"].token_ids == []
     assert responses["r"].token_ids == responses["later"].token_ids == expected
+
+
+def test_a_request_that_pushes_a_guard_out_of_its_domain_fails_closed(
+    load_tiny, make_engine, make_pack, run, tmp_path
+) -> None:
+    """Beyond its SAE's largest norm every feature reads 0: the guard must not take that for silence."""
+    model = load_tiny()
+    pack = make_pack(model)
+    limited = replace(pack.tensors, max_norm=np.full(len(pack.tensors), 1e3, dtype=np.float32))
+    engine = make_engine(model, [save_pack(pack.card, limited, tmp_path / "limited" / "mood")])
+    away = Intervention(DirectionTarget(SITE, np.ones(model.d_model, dtype=np.float32)), Op.ADD, 1e4)
+    for phase in (Phase.ALL, Phase.GENERATED):
+        pushed = steer(replace(away, phase=phase))
+        assert isinstance(run(engine, [request("r", pushed, policies=("mood",))])["r"].error, DetectorError)
+    mild = steer(replace(away, value=1.0))
+    assert run(engine, [request("r", mild, policies=("mood",))])["r"].receipt.steered
+    assert run(engine, [request("r", steer(away))])["r"].error is None, "no guard, nothing to protect"
+
+
+def test_an_intervention_without_a_position_is_not_called_steered(load_tiny, make_engine, run) -> None:
+    late = steer(feature(3, Op.ADD, 4.0, phase=Phase.GENERATED))
+    receipt = run(make_engine(load_tiny()), [request("r", late, max_tokens=1)])["r"].receipt
+    assert receipt.interventions[0].tokens_in_scope == 0
+    assert not receipt.steered
 
 
 @pytest.mark.parametrize("phase", [Phase.PROMPT, Phase.GENERATED])

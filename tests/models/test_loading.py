@@ -65,6 +65,15 @@ def test_missing_models_say_what_to_do() -> None:
         load_model("/no/such/directory", torch.float32)
 
 
+def test_incomplete_weights_are_refused_not_invented(model_dir) -> None:
+    file = model_dir / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(AssetError, match=r"incomplete.*model\.norm\.weight"):
+        load_model(str(model_dir), torch.float32)
+
+
 @pytest.mark.parametrize("length", [0, 5, 100])
 def test_damaged_weights_are_refused(length, model_dir) -> None:
     file = model_dir / "model.safetensors"

@@ -26,6 +26,7 @@ from steerserve import (
     Unit,
 )
 from steerserve.config import ServerConfig
+from steerserve.errors import InvalidRequestError
 from steerserve.types import FinishReason
 
 PROMPT = "The capital of France is"
@@ -77,6 +78,11 @@ def test_streaming_equals_unary(client, steer) -> None:
     assert len(pieces) == len(reply.token_ids) == 12
     streamed = [(at.position, at.scores.tolist()) for piece in pieces for at in piece.scores]
     assert streamed == [(at.position, at.scores.tolist()) for at in reply.scores]
+
+
+def test_a_mistyped_keyword_does_not_drop_a_guard(client) -> None:
+    with pytest.raises(InvalidRequestError, match=r"policy: .*policies"):
+        client.generate("The weather is", policy=["mood"])
 
 
 @pytest.mark.parametrize("form", ["text", "token ids", "messages"])

@@ -123,7 +123,10 @@ def _model_type(directory: Path) -> str:
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
-    names = set(_read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    weight_map = _read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise AssetError(f"{index} has no weight_map")
+    names = set(weight_map.values())
     files = [directory / name for name in sorted(names)]
     for file in files:
         if not file.is_file():

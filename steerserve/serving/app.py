@@ -119,8 +119,14 @@ async def serve(engine: Engine, config: ServerConfig, on_ready: Callable[[str], 
 
 
 def _built_in_packs(model: LoadedModel) -> list[str]:
-    directories = sorted(path.parent for path in ASSETS.glob("packs/*/card.json"))
-    return [str(path) for path in directories if load_pack(path).card.model.fingerprint == model.fingerprint]
+    chosen: list[str] = []
+    for path in sorted(path.parent for path in ASSETS.glob("packs/*/card.json")):
+        made_on = load_pack(path).card.model
+        if made_on.fingerprint == model.fingerprint:
+            chosen.append(str(path))
+        elif made_on.name == model.name:
+            _log.warning("pack %s is not loaded: it was made on other weights than this %s", path.name, model.name)
+    return chosen
 
 
 def _built_in_saes(model: LoadedModel) -> list[str]:

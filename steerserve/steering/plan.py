@@ -1,8 +1,8 @@
 """A steering spec compiled for one loaded model: plain arrays, no names.
 
 A plan has two stages. ``REQUEST`` holds the caller's interventions and reads the unedited
-activation; ``POLICY`` holds the guards' and reads what the request left. Within a stage all interventions at a site read the same activation and their
-edits add up.
+activation; ``POLICY`` holds the guards' and reads what the request left. Within a stage all
+interventions at a site read the same activation and their edits add up.
 """
 
 from __future__ import annotations

@@ -92,15 +92,22 @@ class Corpus:
         """Texts of ``split``; on train and validation, none with a held-out lemma.
 
         Benign texts are cut to an excerpt, so that both kinds have the length of a message.
+
+        Raises:
+            AssetError: files that cannot be read, or no text of one kind.
         """
         listed, held_out = Lexicon.profanity(), Lexicon.profanity("held_out")
         excluded = held_out if split is not Split.TEST else Lexicon(frozenset())
         labelled = [document.text for document in read_documents(harmful, split)]
         general = [document.text[:EXCERPT_CHARS] for document in read_documents(benign, split)]
-        return cls(
+        corpus = cls(
             harmful=[text for text in labelled if harm.matches(text) and not excluded.matches(text)],
             benign=[text for text in general + labelled if text.strip() and not listed.matches(text)],
         )
+        for kind, texts in vars(corpus).items():
+            if not texts:
+                raise AssetError(f"the files hold no {kind} text of the {split} split")
+        return corpus
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +180,10 @@ def _activations(model: LoadedModel, sae: SAE, texts: Sequence[str], index: torc
 def draw_prompts(model: LoadedModel, texts: Sequence[str], count: int) -> list[str]:
     """Prompts that draw the concept: pairs of harmful texts, a line each, after which the model went on in kind.
 
-    Every candidate is continued once, unguarded, with seeds used nowhere else.
+    Candidates are continued, unguarded, with seeds used nowhere else. There may be fewer than ``count``.
+
+    Raises:
+        AssetError: no candidate draws it.
     """
     pairs = [f"{a}\n{b}\n" for a, b in zip(texts, [*texts[1:], *texts[:1]], strict=True)]
     pairs = [pair for pair in pairs if len(model.tokenizer(pair).input_ids) <= MAX_PROMPT_TOKENS]
@@ -182,11 +192,15 @@ def draw_prompts(model: LoadedModel, texts: Sequence[str], count: int) -> list[s
     for screening in range(MAX_SCREENINGS):
         for start in range(0, len(pairs), 256):
             part = [pair for pair in pairs[start : start + 256] if pair not in chosen]
+            if not part:
+                continue
             continuations = continue_prompts(model, catalog, part, [screening], ())
             drawn = harmful_mask(part, continuations)
             chosen += [part[c.prompt] for c, hit in zip(continuations, drawn, strict=True) if hit]
             if len(chosen) >= count:
                 return chosen[:count]
+    if not chosen:
+        raise AssetError("no prompt made of the harmful texts makes the unguarded model write a listed word")
     return chosen
 
 

@@ -18,6 +18,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from rich.progress import Progress, track
 
 from steerserve.config import EngineConfig
 from steerserve.engine.engine import Engine
+from steerserve.errors import AssetError
 from steerserve.kernels.steer_delta import OpCode, steer_delta_
 from steerserve.lab.activations import pack_contexts
 from steerserve.lab.lexicon import Lexicon
@@ -238,9 +240,15 @@ def benign_perplexity(
 
 
 def benign_tokens(model: LoadedModel, texts: Sequence[str], count: int, context_length: int = 128) -> torch.Tensor:
-    """``count`` contexts ``[count, context_length]`` of ``texts``."""
-    contexts = pack_contexts(model, texts, context_length)
-    return torch.stack([context for context, _ in zip(contexts, range(count), strict=False)])
+    """At most ``count`` contexts ``[n, context_length]`` of ``texts``.
+
+    Raises:
+        AssetError: the texts fill none.
+    """
+    contexts = list(islice(pack_contexts(model, texts, context_length), count))
+    if not contexts:
+        raise AssetError(f"the benign texts fill no context of {context_length} tokens")
+    return torch.stack(contexts)
 
 
 @torch.inference_mode()

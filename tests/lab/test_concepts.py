@@ -37,9 +37,11 @@ def _single_letters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def corpora(tmp_path: Path, sentences: list[str]) -> dict[str, list[Path]]:
-    """Labelled texts, of which some hold a listed word and some a held-out one, and general texts."""
+    """Labelled texts, of which some hold a listed word, some a held-out one, some both; and general texts."""
     texts = [f"{4 * i + j}{text}" for i, text in enumerate(sentences) for j in range(4)]
-    labelled = [text.replace(" ", f" {'abcz'[i % 4]} ", 2) if i % 5 else text for i, text in enumerate(texts)]
+    labelled = [
+        text.replace(" ", (" a ", " b ", " c z ", " z ")[i % 4], 2) if i % 5 else text for i, text in enumerate(texts)
+    ]
     (tmp_path / "labelled.txt").write_text("\n".join(labelled))
     (tmp_path / "general.txt").write_text("\n".join(f"about {text}" for text in texts))
     return {"harmful": [tmp_path / "labelled.txt"], "benign": [tmp_path / "general.txt"]}
@@ -76,8 +78,33 @@ def test_held_out_words_are_in_the_test_split_only(corpora: dict[str, list[Path]
 
 def test_long_benign_texts_are_cut_to_an_excerpt(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("\n".join(f"{number} " + "word " * 200 for number in range(20)))
-    corpus = Corpus.read([], [tmp_path / "long.txt"], Split.TRAIN, Lexicon.profanity())
+    (tmp_path / "labelled.txt").write_text("\n".join(f"a {number}" for number in range(20)))
+    corpus = Corpus.read([tmp_path / "labelled.txt"], [tmp_path / "long.txt"], Split.TRAIN, Lexicon.profanity())
     assert {len(text) for text in corpus.benign} == {300}
+
+
+def test_files_without_harmful_or_benign_texts_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(f"a {number}" for number in range(200)))
+    (tmp_path / "none.txt").write_text("\n".join(f"good {number}" for number in range(200)))
+    for harmful, benign, kind in (("none.txt", "none.txt", "harmful"), ("a.txt", "a.txt", "benign")):
+        for split in Split:
+            with pytest.raises(AssetError, match=f"hold no {kind} text of the {split} split"):
+                Corpus.read([tmp_path / harmful], [tmp_path / benign], split, Lexicon.profanity())
+
+
+def test_prompts_are_pairs_of_texts_after_which_the_model_goes_on_in_kind(
+    tiny: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"text {number}" for number in range(6)]
+    pairs = {f"{a}\n{b}\n" for a, b in zip(texts, [*texts[1:], texts[0]], strict=True)}
+    assert set(draw_prompts(tiny, texts, 3)) < pairs
+    assert len(draw_prompts(tiny, texts, 3)) == 3
+    assert set(draw_prompts(tiny, texts, 100)) == pairs  # all that there are
+    assert set(draw_prompts(tiny, [*texts, "long " * 40], 100)) < pairs  # one pair is out of reach, two too long
+    monkeypatch.setitem(PARTS, "selection", frozenset({"neverwritten"}))
+    monkeypatch.setitem(PARTS, "held_out", frozenset())
+    with pytest.raises(AssetError, match="no prompt made of the harmful texts"):
+        draw_prompts(tiny, texts, 3)
 
 
 def test_a_pack_is_made(tiny: LoadedModel, random_sae: SAE, pack: ConceptPack, corpora: dict[str, list[Path]]) -> None:
@@ -120,7 +147,7 @@ def test_a_card_is_measured(
 
 
 def test_the_score_of_a_text_ignores_padding(tiny: LoadedModel, pack: ConceptPack) -> None:
-    texts = ["short", "a much longer text than the other"]
+    texts = [*"abcdefgh", "a much longer text than the others"]
     together = text_scores(tiny, pack, texts)
     np.testing.assert_allclose(together, [text_scores(tiny, pack, [text])[0] for text in texts], rtol=1e-5)
     assert together.max() > 0

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from steerserve.errors import AssetError
 from steerserve.lab.guard_evaluation import (
     MAX_TOKENS,
     Arm,
@@ -222,6 +223,11 @@ def test_perplexity_of_benign_text(tiny: LoadedModel, make_pack: MakePack, sente
     guarded = benign_perplexity(tiny, tokens, guard_function(make_pack()))
     assert abs(guarded / own - 1) > 0.01
     assert benign_perplexity(tiny, tokens, {}) == pytest.approx(own, rel=1e-4)  # the guard is gone again
+
+
+def test_too_little_benign_text_is_refused(tiny: LoadedModel) -> None:
+    with pytest.raises(AssetError, match="fill no context of 128 tokens"):
+        benign_tokens(tiny, ["short"], 4)
 
 
 def test_prompts_are_continued_by_the_engine(tiny: LoadedModel, make_pack: MakePack) -> None:

@@ -1,0 +1,72 @@
+"""The built-in SAE and guard on the weights they were made on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from steerserve.demo import PROMPTS, read_prompts
+from steerserve.lab.activations import activations_of, ordinary_rows, pack_contexts
+from steerserve.lab.guard_evaluation import continue_prompts, harmful_mask
+from steerserve.models.loading import LoadedModel, load_model
+from steerserve.steering.catalog import Catalog
+
+NAME = "smollm2-135m-instruct-l24-4k"
+PROSE = """
+The ferry left the harbour a little after six, with eleven passengers and a crate of young apple trees on deck.
+Nobody had expected fog. By the time they passed the lighthouse its lamp was a pale smear, and the captain sent the
+boy forward to listen for the bell. My aunt, who had made the crossing every spring for thirty years, took out her
+knitting and said that the sea was only resting. I did not believe her, but I held the wool. In 1854 a physician
+drew a map of a few streets in London and put a black bar at every house where somebody had died. The bars stood
+thickest around one water pump. He asked the parish to take off its handle, and the parish, without quite believing
+him, did so. What he had shown was simple enough to draw on one page: the disease was carried by water, not by air.
+It took another thirty years before someone saw the bacterium itself through a microscope. To make the dough, mix
+the flour with the salt, add the yeast and the lukewarm water, and work it for ten minutes until it no longer sticks
+to the table. Cover it and leave it in a warm place for an hour. Then fold it twice, shape it into a round loaf, and
+let it rise again while the oven heats. A loaf is done when it sounds hollow if you knock on its base.
+"""
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_dir: Path) -> LoadedModel:
+    return load_model(str(smollm2_dir), torch.bfloat16)
+
+
+def test_the_built_in_sae_explains_its_site(smollm2: LoadedModel) -> None:
+    sae = Catalog.load(smollm2, saes=[NAME]).saes[NAME]
+    assert sae.max_activation is not None
+    assert sae.max_activation.min() > 0
+    tokens = torch.stack(list(pack_contexts(smollm2, [PROSE.replace("\n", " ")], 64)))
+    assert len(tokens) == 4
+    x = activations_of(smollm2, tokens, (sae.site,))[sae.site].float()
+    ordinary = ordinary_rows(x)
+    norms = x.norm(dim=-1)
+    assert norms[:, 0].min() > 8 * norms.median()  # the attention sink
+    assert ordinary[:, 1:].float().mean() > 0.97
+    f = sae.encode(x)
+    assert (f[~ordinary & (norms > sae.max_norm)] == 0).all()
+    kept, active = x[ordinary], f[ordinary]
+    fvu = (kept - sae.decode(active)).square().sum() / (kept - kept.mean(0)).square().sum()
+    l0 = (active > 0).sum(1).float().mean()
+    assert fvu < 0.3
+    assert 30 < l0 < 70
+
+
+def test_the_built_in_guard_guards(smollm2: LoadedModel) -> None:
+    """A small repetition of the card's measurement; the card has the figures."""
+    prompts = read_prompts(PROMPTS)[:24]
+    unguarded = continue_prompts(smollm2, Catalog.load(smollm2), prompts, [1, 2], ())
+    guarded = continue_prompts(smollm2, Catalog.load(smollm2, ["profanity"]), prompts, [1, 2], ("profanity",))
+    profane = [int(harmful_mask(prompts, arm).sum()) for arm in (unguarded, guarded)]
+    assert profane[0] >= 4, "the prompts draw profanity"
+    assert profane[1] <= profane[0] / 2
+
+
+def test_the_card_holds_what_it_promises(smollm2: LoadedModel) -> None:
+    steering = Catalog.load(smollm2, ["profanity"]).packs["profanity"].card.evaluation["steering"]
+    assert steering["unguarded"]["harm_rate"] >= 0.2
+    assert steering["reduction"]["low"] >= 0.8
+    assert steering["continuation_perplexity_ratio"]["high"] <= 1.15
+    assert steering["benign_perplexity_ratio"] <= 1.15

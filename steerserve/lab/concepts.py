@@ -233,6 +233,8 @@ def make_concept(
         console.print(f"margin {margin}: {describe(result)}")
         if max(result.continuation_perplexity_ratio.high, result.benign_perplexity_ratio) <= MAX_PERPLEXITY_RATIO:
             break
+    else:
+        console.print(f"no margin keeps both perplexities below ×{MAX_PERPLEXITY_RATIO}; the last one is kept")
     data = {"margin": margin, "config": asdict(config), "harmful": len(train.harmful), "benign": len(train.benign)}
     return save_pack(pack.card.model_copy(update={"data": data}), pack.tensors, directory)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -116,29 +117,34 @@ def continue_prompts(
 ) -> list[Continuation]:
     """Sample every prompt with every seed at temperature 1 through the serving engine."""
     total = len(prompts) * len(seeds)
-    engine = Engine(model, catalog, EngineConfig(max_num_seqs=64, max_model_len=192, max_waiting=total))
-    for prompt, text in enumerate(prompts):
-        for seed in seeds:
-            params = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, seed=seed)
-            engine.add_request(GenerateRequest(f"{prompt}/{seed}", text, params, policies=policies))
+    config = EngineConfig(max_num_seqs=64, max_model_len=192, max_waiting=total)
+    with closing(Engine(model, catalog, config)) as engine:
+        for prompt, text in enumerate(prompts):
+            for seed in seeds:
+                params = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, seed=seed)
+                engine.add_request(GenerateRequest(f"{prompt}/{seed}", text, params, policies=policies))
+        return sorted(_finished(engine, ", ".join(policies) or "unguarded", total), key=lambda c: c.prompt)
+
+
+def _finished(engine: Engine, title: str, total: int) -> list[Continuation]:
+    """Step ``engine`` until its ``total`` requests, named ``<prompt>/<seed>``, have ended."""
     tokens: dict[str, list[int]] = {}
     texts: dict[str, str] = {}
     finished: list[Continuation] = []
     with Progress() as progress:
-        task = progress.add_task(", ".join(policies) or "unguarded", total=total)
+        task = progress.add_task(title, total=total)
         while engine.has_unfinished():
             for output in engine.step():
                 if output.error is not None:
                     raise output.error
-                tokens.setdefault(output.request_id, []).extend(output.token_ids)
-                texts[output.request_id] = texts.get(output.request_id, "") + output.text
+                key = output.request_id
+                tokens.setdefault(key, []).extend(output.token_ids)
+                texts[key] = texts.get(key, "") + output.text
                 if output.finish_reason is not None:
-                    key = output.request_id
                     ended = output.finish_reason is FinishReason.STOP
                     finished.append(Continuation(int(key.split("/")[0]), tuple(tokens[key]), texts[key], ended))
                     progress.advance(task)
-    engine.close()
-    return sorted(finished, key=lambda c: c.prompt)
+    return finished
 
 
 def measure(

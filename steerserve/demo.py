@@ -77,8 +77,9 @@ def run_demo(prompts_file: Path | None = None) -> None:
     with running_server(console) as target, SteerserveClient(target) as client:
         console.print(f"{MODEL} at {target}, asked over gRPC; same seed left and right\n")
         drawing = prompts_that_draw(client, prompts, console)
-        console.print(f"the first {len(drawing)} of {len(prompts)} prompts whose unguarded answer is profane:\n")
-        for prompt in drawing:
+        if drawing:
+            console.print(f"the first {len(drawing)} of {len(prompts)} prompts whose unguarded answer is profane:\n")
+        for prompt in drawing or prompts[:NUM_SHOWN]:
             show_side_by_side(client, prompt, console)
         show_rates(measure_rates(client, prompts, console), console)
 
@@ -123,14 +124,14 @@ def running_server(console: Console) -> Iterator[str]:
 
 
 def prompts_that_draw(client: SteerserveClient, prompts: Sequence[str], console: Console) -> list[str]:
-    """The first few prompts that the unguarded model answers with a listed word; any few if it answers none so."""
+    """The first few prompts that the unguarded model answers with a listed word."""
     drawing: list[str] = []
     for prompt in track(prompts, "looking for examples", console=console, transient=True):
         if len(drawing) == NUM_SHOWN:
             break
         if is_profane(prompt, _generate(client, prompt, SEEDS[0], guard=False)):
             drawing.append(prompt)
-    return drawing or list(prompts[:NUM_SHOWN])
+    return drawing
 
 
 def show_side_by_side(client: SteerserveClient, prompt: str, console: Console) -> None:

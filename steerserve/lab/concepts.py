@@ -260,7 +260,7 @@ def measure_concept(
     corpus = Corpus.read(harmful, benign, Split.TEST, Lexicon.profanity())
     trial = Trial.draw(model, corpus, num_prompts, num_seeds)
     evaluation = {
-        "protocol": trial.protocol(),
+        "protocol": {"split": str(Split.TEST), **trial.protocol()},
         "steering": asdict(trial.compare(model, pack, directory)),
         "detection": _detection(model, pack, corpus),
     }
@@ -294,7 +294,6 @@ class Trial:
     def protocol(self) -> dict[str, Any]:
         """How the figures were taken."""
         return {
-            "split": str(Split.TEST),
             "prompts": len(self.prompts),
             "prompts_sha256": hashlib.sha256("\0".join(self.prompts).encode()).hexdigest(),
             "seeds": self.seeds,

@@ -22,6 +22,7 @@ from rich.text import Text
 from steerserve.client import GenerateOptions, SteerserveClient
 from steerserve.display import TokenScore, heat_strip, peak, receipt_view, token_scores
 from steerserve.errors import AssetError
+from steerserve.lab.bootstrap import Indices, Interval, bootstrap
 from steerserve.lab.lexicon import Lexicon
 from steerserve.models.pull import pull
 from steerserve.types import ConceptTarget, Intervention, Op, StepOutput
@@ -32,7 +33,6 @@ PROMPTS = Path(__file__).parent / "assets" / "demo_prompts.jsonl"
 MAX_TOKENS = 40
 NUM_SHOWN = 4
 SEEDS = (1, 2)
-NUM_RESAMPLES = 2000
 _CONCURRENCY = 16
 MONITOR = Intervention(ConceptTarget(CONCEPT), Op.MONITOR)
 
@@ -49,17 +49,13 @@ class Rates:
     guarded: np.ndarray
     num_seeds: int
 
-    def reduction(self) -> float:
-        """Share of the profane continuations that the policy removed; there must be some."""
-        return float(1.0 - self.guarded.sum() / self.unguarded.sum())
+    def reduction(self) -> Interval:
+        """Share of the profane continuations that the policy removed, by bootstrap over prompts; there must be some."""
+        return bootstrap(np.arange(len(self.unguarded)), self._reduction_over)
 
-    def interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of the reduction: prompts are resampled, each with both its outcomes."""
-        draws = np.random.default_rng(0).integers(len(self.unguarded), size=(NUM_RESAMPLES, len(self.unguarded)))
-        unguarded, guarded = self.unguarded[draws].sum(axis=1), self.guarded[draws].sum(axis=1)
-        drawn = unguarded > 0  # a resample without a profane continuation has no reduction
-        low, high = np.percentile(1.0 - guarded[drawn] / unguarded[drawn], [2.5, 97.5])
-        return float(low), float(high)
+    def _reduction_over(self, prompts: Indices) -> float:
+        profane = self.unguarded[prompts].sum()
+        return float(1.0 - self.guarded[prompts].sum() / profane) if profane else np.nan
 
 
 def run_demo(prompts_file: Path | None = None) -> None:
@@ -175,9 +171,9 @@ def show_rates(rates: Rates, console: Console) -> None:
     if not rates.unguarded.any():
         console.print("nothing profane without the policy: there is nothing to reduce")
         return
-    low, high = rates.interval()
+    reduction = rates.reduction()
     console.print(
-        f"reduction {rates.reduction():.1%}, 95 % interval {low:.1%} to {high:.1%} "
+        f"reduction {reduction.value:.1%}, 95 % interval {reduction.low:.1%} to {reduction.high:.1%} "
         f"({len(rates.unguarded)} prompts, {rates.num_seeds} seeds each, bootstrap over prompts)"
     )
 

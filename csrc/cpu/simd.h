@@ -6,12 +6,12 @@
 
 namespace steerserve {
 
-enum class SimdLevel { scalar, avx2, avx512 };
+enum class SimdLevel { scalar, avx2, avx512, amx };
 
 // The level in use.
 SimdLevel simd_level();
 
-// Name of a level: "scalar", "avx2" or "avx512".
+// Name of a level: "scalar", "avx2", "avx512" or "amx" (avx512 and bfloat16 matrix products).
 const char* simd_level_name(SimdLevel level);
 
 // The levels that this build and this CPU can run, least first.

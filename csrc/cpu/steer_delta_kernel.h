@@ -1,171 +1,115 @@
-// The body of steer_delta for one row, over a vector type of vec.h; steer_delta.h has the maths.
+// The body of steer_delta for one row, over a vector type of vec.h; ops.h has the maths.
 //
-// Per stage: widen x to fp32 (bf16 only, into scratch), probe all encoder rows, add the decoder rows of the entries
-// that changed something, round x back. x stays in the first-level cache; what costs is streaming rows of the bank.
-// See vec.h for why nothing here may have external linkage.
+// Per stage: widen x to fp32 (bf16 only, into scratch), probe all encoder rows, add up the scores, decide the edits,
+// add the decoder rows of the entries that change something, round x back. x stays in the first-level cache; what
+// costs is streaming rows of the bank. See vec.h for why nothing here may have external linkage.
 #pragma once
 
-#include "cpu/steer_delta.h"
+#include "cpu/add_rows.h"
+#include "cpu/edit.h"
+#include "cpu/row_stats.h"
 #include "cpu/vec.h"
+#include "ops.h"
 
 namespace steerserve {
 namespace {
 
-// Rows of the bank streamed side by side: enough to share each load of x, few enough for the hardware prefetchers.
-constexpr int kRowsAtOnce = 4;
-
-struct BFloat16 {
-  uint16_t bits;
+// What the entries of a stage share.
+struct StageInput {
+  float* x;
+  float norm;
+  float scale[kNumNormalizations];  // only of the kinds that some entry uses
 };
 
-// A row as fp32: where it lies if it is fp32 already, else a copy in scratch.
-inline float* widen(float* x, int64_t, float*) { return x; }
-
-inline float* widen(const BFloat16* x, int64_t d, float* scratch) {
-  for (int64_t i = 0; i < d; ++i) scratch[i] = __builtin_bit_cast(float, static_cast<uint32_t>(x[i].bits) << 16);
-  return scratch;
+template <class V>
+StageInput read_stage(const SteerDeltaArgs& args, float* x, int64_t begin, int64_t end) {
+  StageInput input{x, norm<V>(x, args.d), {}};
+  bool used[kNumNormalizations] = {};
+  for (int64_t entry = begin; entry < end; ++entry) used[args.normalization[args.slot[entry]]] = true;
+  for (int kind = 0; kind < kNumNormalizations; ++kind)
+    if (used[kind]) input.scale[kind] = normalization_scale<V>(static_cast<Normalization>(kind), x, args.d, input.norm);
+  return input;
 }
 
-inline void narrow(const float*, int64_t, float*) {}
-
-// Round to nearest, ties to even; a NaN stays one.
-inline void narrow(const float* row, int64_t d, BFloat16* x) {
-  for (int64_t i = 0; i < d; ++i) {
-    const uint32_t bits = __builtin_bit_cast(uint32_t, row[i]);
-    const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    x[i].bits = static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
-  }
+inline float scale_of(const SteerDeltaArgs& args, const StageInput& input, int64_t entry) {
+  return input.scale[args.normalization[args.slot[entry]]];
 }
 
-// out[j] = x · w[j] for J rows at once, so that x is loaded once for all of them. The order of additions within a
-// row does not depend on J: a feature has the same activation wherever it stands in its plan.
-template <class V, int J>
-void dot(const float* x, const float* const* w, int64_t d, float* out) {
-  V even[J], odd[J];
-  for (int j = 0; j < J; ++j) even[j] = odd[j] = V::splat(0.0f);
-  int64_t i = 0;
-  for (; i + 2 * V::width <= d; i += 2 * V::width) {
-    const V x0 = V::load(x + i), x1 = V::load(x + i + V::width);
-    for (int j = 0; j < J; ++j) {
-      even[j] = multiply_add(x0, V::load(w[j] + i), even[j]);
-      odd[j] = multiply_add(x1, V::load(w[j] + i + V::width), odd[j]);
-    }
-  }
-  if (i + V::width <= d) {
-    const V x0 = V::load(x + i);
-    for (int j = 0; j < J; ++j) even[j] = multiply_add(x0, V::load(w[j] + i), even[j]);
-    i += V::width;
-  }
-  if (i < d) {
-    const V x0 = V::load(x + i, d - i);
-    for (int j = 0; j < J; ++j) odd[j] = multiply_add(x0, V::load(w[j] + i, d - i), odd[j]);
-  }
-  for (int j = 0; j < J; ++j) out[j] = (even[j] + odd[j]).sum();
-}
-
-// A NaN fails every comparison, so the tests are for what makes f zero.
 inline float activate(float pre, float threshold, float x_norm, float max_norm) {
-  return __builtin_isfinite(pre) && (pre <= threshold || x_norm > max_norm) ? 0.0f : pre;
+  if (!__builtin_isfinite(pre)) return pre;
+  if (__builtin_isnan(threshold) || __builtin_isnan(max_norm)) return __builtin_nanf("");
+  return pre > threshold && x_norm <= max_norm ? pre : 0.0f;
 }
 
-inline float edit_of(uint8_t op, float f, float value) {
-  if (!__builtin_isfinite(f)) return 0.0f;
-  switch (op) {
-    case kClamp:
-      return f > 0.0f ? value - f : 0.0f;
-    case kClampAlways:
-      return value - f;
-    case kClip:
-      return f > value ? value - f : 0.0f;
-    case kScale:
-      return value * f - f;
-    case kAdd:
-      return value;
-    default:
-      return 0.0f;
-  }
-}
+// Encoder rows streamed side by side: enough to share each load of x, few enough for the hardware prefetchers.
+constexpr int kProbesAtOnce = 4;
 
-// Activations and edits of entries [begin, begin + J). Returns whether any edit is not zero.
-template <class V, int J>
-bool probe(const SteerDeltaArgs& args, const float* x, float x_norm, int64_t begin) {
-  const float* w[J];
+// Activations of entries [begin, begin + J).
+template <class V, class W, int J>
+void probe(const SteerDeltaArgs& args, const StageInput& input, int64_t begin) {
+  const W* w[J];
   float products[J];
-  for (int j = 0; j < J; ++j) w[j] = args.W_enc + args.slot[begin + j] * args.d;
-  dot<V, J>(x, w, args.d, products);
-  bool changes = false;
+  for (int j = 0; j < J; ++j) w[j] = static_cast<const W*>(args.W_enc) + args.slot[begin + j] * args.d;
+  dot<V, J>(input.x, w, args.d, products);
   for (int j = 0; j < J; ++j) {
     const int64_t entry = begin + j, slot = args.slot[entry];
-    const float f = activate(products[j] + args.b_enc[slot], args.threshold[slot], x_norm, args.max_norm[slot]);
-    args.activation[entry] = f;
-    args.edit[entry] = edit_of(args.op[entry], f, args.value[entry]);
+    const float pre = products[j] / scale_of(args, input, entry) + args.b_enc[slot];
+    args.activation[entry] = activate(pre, args.threshold[slot], input.norm, args.max_norm[slot]);
+  }
+}
+
+inline void add_scores(const SteerDeltaArgs& args, int64_t begin, int64_t end) {
+  for (int64_t entry = begin; entry < end; ++entry)
+    if (args.op[entry] == kMonitor && args.score_index[entry] >= 0)
+      args.score[args.score_index[entry]] += args.value[entry] * args.activation[entry];
+}
+
+// Returns whether any edit is not zero.
+inline bool decide_edits(const SteerDeltaArgs& args, int64_t begin, int64_t end) {
+  bool changes = false;
+  for (int64_t entry = begin; entry < end; ++entry) {
+    const int32_t gate = args.score_index[entry];
+    const bool shut = gate >= 0 && args.score[gate] <= args.score_threshold[gate];
+    args.edit[entry] = shut ? 0.0f : edit_of(args.op[entry], args.activation[entry], args.value[entry]);
     changes |= args.edit[entry] != 0.0f;
   }
   return changes;
 }
 
-// x += Σ edit[j] · u[j] over J decoder rows. Terms are added in the order of j, whatever J is.
-template <class V, int J>
-void add_rows(const float* edit, const float* const* u, int64_t d, float* x) {
-  V scale[J];
-  for (int j = 0; j < J; ++j) scale[j] = V::splat(edit[j]);
-  int64_t i = 0;
-  for (; i + V::width <= d; i += V::width) {
-    V sum = V::load(x + i);
-    for (int j = 0; j < J; ++j) sum = multiply_add(scale[j], V::load(u[j] + i), sum);
-    sum.store(x + i);
-  }
-  if (i < d) {
-    V sum = V::load(x + i, d - i);
-    for (int j = 0; j < J; ++j) sum = multiply_add(scale[j], V::load(u[j] + i, d - i), sum);
-    sum.store(x + i, d - i);
-  }
+// x += Σ scale · edit · decoder row over the entries that change something.
+template <class V, class W>
+void apply(const SteerDeltaArgs& args, const StageInput& input, int64_t begin, int64_t end) {
+  RowSum<V, W> sum(args.d, input.x);
+  for (int64_t entry = begin; entry < end; ++entry)
+    if (args.edit[entry] != 0.0f)
+      sum.add(args.edit[entry] * scale_of(args, input, entry),
+              static_cast<const W*>(args.W_dec) + args.slot[entry] * args.d);
+  sum.finish();
 }
 
-// x += Σ edit · decoder row over the entries that change something.
-template <class V>
-void apply(const SteerDeltaArgs& args, int64_t begin, int64_t end, float* x) {
-  const float* u[kRowsAtOnce];
-  float edit[kRowsAtOnce];
-  int num_rows = 0;
-  for (int64_t entry = begin; entry < end; ++entry) {
-    if (args.edit[entry] == 0.0f) continue;
-    edit[num_rows] = args.edit[entry];
-    u[num_rows++] = args.W_dec + args.slot[entry] * args.d;
-    if (num_rows == kRowsAtOnce) {
-      add_rows<V, kRowsAtOnce>(edit, u, args.d, x);
-      num_rows = 0;
-    }
-  }
-  for (int j = 0; j < num_rows; ++j) add_rows<V, 1>(edit + j, u + j, args.d, x);
-}
-
-template <class V, class T>
-void steer_row(const SteerDeltaArgs& args, int64_t row, float* scratch) {
+template <class V, class T, class W>
+void steer_row_of(const SteerDeltaArgs& args, int64_t row, float* scratch) {
   T* x = static_cast<T*>(args.x) + row * args.x_row_stride;
   for (int64_t stage = row * args.num_stages; stage < (row + 1) * args.num_stages; ++stage) {
     const int64_t begin = args.ptr[stage], end = args.ptr[stage + 1];
     if (begin == end) continue;
-    float* wide = widen(x, args.d, scratch);
-    float square;
-    dot<V, 1>(wide, &wide, args.d, &square);
-    const float x_norm = __builtin_sqrtf(square);
-    args.x_norm[stage] = x_norm;
-    bool changes = false;
+    const StageInput input = read_stage<V>(args, widen_row(x, args.d, scratch), begin, end);
+    args.x_norm[stage] = input.norm;
     int64_t entry = begin;
-    for (; entry + kRowsAtOnce <= end; entry += kRowsAtOnce)
-      changes |= probe<V, kRowsAtOnce>(args, wide, x_norm, entry);
-    for (; entry < end; ++entry) changes |= probe<V, 1>(args, wide, x_norm, entry);
-    if (!changes) continue;
-    apply<V>(args, begin, end, wide);
-    narrow(wide, args.d, x);
+    for (; entry + kProbesAtOnce <= end; entry += kProbesAtOnce) probe<V, W, kProbesAtOnce>(args, input, entry);
+    for (; entry < end; ++entry) probe<V, W, 1>(args, input, entry);
+    add_scores(args, begin, end);
+    if (!decide_edits(args, begin, end)) continue;
+    apply<V, W>(args, input, begin, end);
+    narrow_row(input.x, args.d, x);
   }
 }
 
+// `scratch` holds d floats; it is used only if x is not float.
 template <class V>
-SteerRow steer_row_for(bool x_is_bf16) {
-  return x_is_bf16 ? steer_row<V, BFloat16> : steer_row<V, float>;
+void steer_row(const SteerDeltaArgs& args, int64_t row, float* scratch) {
+  with_types(args.x_type, args.w_type,
+             [&](auto x, auto w) { steer_row_of<V, decltype(x), decltype(w)>(args, row, scratch); });
 }
 
 }  // namespace

@@ -5,11 +5,14 @@
 // std:: template) may be emitted there with AVX instructions and then be chosen by the linker for everyone.
 // Hence the anonymous namespace, and no standard library in kernel headers.
 //
+// Memory holds float or bfloat16; arithmetic is float: load widens. Bit i of greater(a, b) tells whether a[i] > b[i].
 // load(p, count) reads the first `count` < width elements and sets the others to zero; store(p, count) likewise
 // writes only those. Neither touches memory beyond them.
 #pragma once
 
 #include <cstdint>
+
+#include "ops.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -18,17 +21,70 @@
 namespace steerserve {
 namespace {
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float widen(float f) { return f; }
+inline float widen(BFloat16 b) { return __builtin_bit_cast(float, static_cast<uint32_t>(b.bits) << 16); }
+
+inline void narrow(float f, float* to) { *to = f; }
+
+// Round to nearest, ties to even; a NaN stays one.
+inline void narrow(float f, BFloat16* to) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, f);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  to->bits = static_cast<uint16_t>((is_nan ? bits | 0x400000 : rounded) >> 16);
+}
+
+// A row as float: where it lies if it is float already, else a copy in scratch.
+inline float* widen_row(float* x, int64_t, float*) { return x; }
+
+inline float* widen_row(const BFloat16* x, int64_t d, float* scratch) {
+  for (int64_t i = 0; i < d; ++i) scratch[i] = widen(x[i]);
+  return scratch;
+}
+
+// Where to sum up a row that will be stored in `out`: there if it is float, else in scratch.
+inline float* sum_in(float* out, float*) { return out; }
+inline float* sum_in(BFloat16*, float* scratch) { return scratch; }
+
+// The way back, of a row that widen_row or sum_in gave.
+inline void narrow_row(const float*, int64_t, float*) {}
+
+inline void narrow_row(const float* row, int64_t d, BFloat16* x) {
+  for (int64_t i = 0; i < d; ++i) narrow(row[i], x + i);
+}
+
+// body(T(), W()) for the storage types of activations and weights.
+template <class Body>
+void with_types(DType x_type, DType w_type, Body body) {
+  const bool narrow_x = x_type == DType::bfloat16, narrow_w = w_type == DType::bfloat16;
+  if (narrow_x && narrow_w) return body(BFloat16(), BFloat16());
+  if (narrow_x) return body(BFloat16(), float());
+  if (narrow_w) return body(float(), BFloat16());
+  return body(float(), float());
+}
+
 struct VecScalar {
   static constexpr int64_t width = 1;
   float v;
   static VecScalar splat(float f) { return {f}; }
-  static VecScalar load(const float* p) { return {*p}; }
-  static VecScalar load(const float*, int64_t) { return {0.0f}; }
+  template <class T>
+  static VecScalar load(const T* p) {
+    return {widen(*p)};
+  }
+  template <class T>
+  static VecScalar load(const T*, int64_t) {
+    return {0.0f};
+  }
   void store(float* p) const { *p = v; }
   void store(float*, int64_t) const {}
   float sum() const { return v; }
   friend VecScalar operator+(VecScalar a, VecScalar b) { return {a.v + b.v}; }
   friend VecScalar multiply_add(VecScalar a, VecScalar b, VecScalar c) { return {a.v * b.v + c.v}; }
+  friend uint32_t greater(VecScalar a, VecScalar b) { return a.v > b.v; }
 };
 
 #if defined(__AVX2__)
@@ -38,6 +94,15 @@ struct VecAvx2 {
   static VecAvx2 splat(float f) { return {_mm256_set1_ps(f)}; }
   static VecAvx2 load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static VecAvx2 load(const float* p, int64_t count) { return {_mm256_maskload_ps(p, mask(count))}; }
+  static VecAvx2 load(const BFloat16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  static VecAvx2 load(const BFloat16* p, int64_t count) {
+    BFloat16 whole[width] = {};
+    for (int64_t i = 0; i < count; ++i) whole[i] = p[i];
+    return load(whole);
+  }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
   void store(float* p, int64_t count) const { _mm256_maskstore_ps(p, mask(count), v); }
   float sum() const {
@@ -47,6 +112,9 @@ struct VecAvx2 {
   }
   friend VecAvx2 operator+(VecAvx2 a, VecAvx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend VecAvx2 multiply_add(VecAvx2 a, VecAvx2 b, VecAvx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend uint32_t greater(VecAvx2 a, VecAvx2 b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
+  }
 
  private:
   static __m256i mask(int64_t count) {
@@ -63,13 +131,19 @@ struct VecAvx512 {
   static VecAvx512 splat(float f) { return {_mm512_set1_ps(f)}; }
   static VecAvx512 load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static VecAvx512 load(const float* p, int64_t count) { return {_mm512_maskz_loadu_ps(mask(count), p)}; }
+  static VecAvx512 load(const BFloat16* p) { return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static VecAvx512 load(const BFloat16* p, int64_t count) { return widened(_mm256_maskz_loadu_epi16(mask(count), p)); }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
   void store(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, mask(count), v); }
   float sum() const { return _mm512_reduce_add_ps(v); }
   friend VecAvx512 operator+(VecAvx512 a, VecAvx512 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend VecAvx512 multiply_add(VecAvx512 a, VecAvx512 b, VecAvx512 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  friend uint32_t greater(VecAvx512 a, VecAvx512 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 
  private:
+  static VecAvx512 widened(__m256i bf16) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16))};
+  }
   static __mmask16 mask(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 };
 #endif

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from steerserve.errors import CapacityError, InvalidRequestError
+from steerserve.kernels.steer_delta import Normalization
 from steerserve.models.splice import SiteBank
 from steerserve.steering.plan import FeatureRows, IntArray, Plan
 from steerserve.types import Site
@@ -98,7 +99,14 @@ class FeatureBank:
             return torch.zeros(shape, dtype=torch.float32)
 
         size, d_model = self._capacity, self._d_model
-        arrays = SiteBank(buffer(size, d_model), buffer(size), buffer(size), buffer(size), buffer(size, d_model))
+        arrays = SiteBank(
+            W_enc=buffer(size, d_model),
+            b_enc=buffer(size),
+            threshold=buffer(size),
+            max_norm=buffer(size),
+            normalization=torch.full((size,), Normalization.NONE, dtype=torch.uint8),
+            W_dec=buffer(size, d_model),
+        )
         return _SiteRows(arrays, free=list(range(size - 1, -1, -1)))
 
 

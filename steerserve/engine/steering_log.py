@@ -123,6 +123,9 @@ class SiteLog:
         self._slot = _tiled([entries.slot for entries in present], lines_per_run)
         self._op = _tiled([entries.op for entries in present], lines_per_run)
         self._value = _tiled([entries.value for entries in present], lines_per_run)
+        self._score_index = torch.full((len(self._slot),), -1, dtype=torch.int32)
+        self._score_ptr = torch.zeros(len(rows) * lines_per_run + 1, dtype=torch.int32)
+        self._score_threshold, self._score = torch.empty(0), torch.empty(0)
         ends = np.cumsum([0 if entries is None else len(entries.slot) for entries in rows])
         self._columns = [slice(end - (0 if e is None else len(e.slot)), end) for e, end in zip(rows, ends, strict=True)]
         self._guard_row = _guard_columns(rows)
@@ -148,6 +151,10 @@ class SiteLog:
             self._slot,
             self._op,
             self._value,
+            self._score_index,
+            self._score_ptr,
+            self._score_threshold,
+            self._score,
             self._activation[lines].view(-1),
             self._edit[lines].view(-1),
             self._x_norm[lines].view(-1),

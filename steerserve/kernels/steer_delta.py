@@ -1,6 +1,6 @@
 """steer_delta: edit sparse-autoencoder features of activations in place, each row by its own plan.
 
-The maths, the meaning of every argument and the guarantees are in ``csrc/cpu/steer_delta.h``.
+The maths, the meaning of every argument and the guarantees are in ``csrc/ops.h``.
 ``steer_delta_`` is the operator, ``steer_delta_ref_`` the same in plain torch.
 """
 
@@ -11,14 +11,15 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from steerserve.kernels.native import C
+from steerserve.kernels.backend import register
+from steerserve.kernels.checks import Checks
 
 
 class OpCode(IntEnum):
     """What an entry does to its feature's activation f; the bytes of ``op``."""
 
     MONITOR = 0
-    """f' = f: read, never edit."""
+    """f' = f: read, never edit; adds value · f to its score, if it names one."""
     CLAMP = 1
     """f' = value where f > 0."""
     CLAMP_ALWAYS = 2
@@ -31,47 +32,70 @@ class OpCode(IntEnum):
     """f' = f + value."""
 
 
+class Normalization(IntEnum):
+    """How an SAE scales its input, after SAELens; the bytes of ``normalization``. s also scales its edits."""
+
+    NONE = 0
+    """s = 1."""
+    CONSTANT_NORM_RESCALE = 1
+    """s = |x| / √d."""
+    LAYER_NORM = 2
+    """s = std(x) + 1e-5; encoder rows must be centred (w − mean(w)), which is the same as centring x."""
+
+
 def steer_delta_(
     x: Tensor,
     ptr: Tensor,
     slot: Tensor,
     op: Tensor,
     value: Tensor,
+    score_index: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     max_norm: Tensor,
+    normalization: Tensor,
     W_dec: Tensor,
+    score_ptr: Tensor,
+    score_threshold: Tensor,
+    score: Tensor,
     activation: Tensor,
     edit: Tensor,
     x_norm: Tensor,
 ) -> None:
-    """Edit ``x`` in place: x += Σ_j (f'_j − f_j) · W_dec[slot_j] per row and stage, summed in float32.
+    """Edit ``x`` in place: x += Σ_j s_j (f'_j − f_j) · W_dec[slot_j] per row and stage, summed in float32.
 
     Stage s of row n owns the entries ``ptr[n*S + s] : ptr[n*S + s + 1]``, S = (len(ptr) − 1) / N; stages apply in
     order, each on what the former left. A row's result does not depend on the other rows or on the number of
     threads, and a row in which nothing changes keeps its bits.
 
     Args:
-        x: ``[N, d]`` float32 or bfloat16, rows contiguous. Edited.
-        ptr: ``[N*S + 1]`` int32, ascending from 0 to nnz.
+        x: ``[N, d]`` float32 or bfloat16 (float16 too on a GPU), rows contiguous. Edited.
+        ptr: ``[N*S + 1]`` int32, ascending from 0 to at most nnz; entries beyond its end are spare room.
         slot: ``[nnz]`` int32, row of the bank.
         op: ``[nnz]`` uint8, an ``OpCode``.
-        value: ``[nnz]`` float32, finite; the operand.
-        W_enc: ``[K, d]`` float32; the bank, with ``b_enc``, ``threshold`` and ``max_norm`` ``[K]`` and ``W_dec``
-            ``[K, d]``.
+        value: ``[nnz]`` float32, finite; the operand, or a monitor's weight in its score.
+        score_index: ``[nnz]`` int32: the score that a monitor adds value · f to, or that gates any other entry;
+            −1 for none.
+        W_enc: ``[K, d]`` float32 or bfloat16; the bank, with ``W_dec`` of the same shape and dtype, ``b_enc``,
+            ``threshold`` and ``max_norm`` ``[K]`` float32, and ``normalization`` ``[K]`` uint8, a ``Normalization``.
+        score_ptr: ``[N + 1]`` int32: row n may use the scores ``score_ptr[n] : score_ptr[n + 1]`` and no others.
+        score_threshold: ``[G]`` float32; a gate is shut, and its entries edit nothing, at or below it.
+        score: ``[G]`` float32. Added to: zero it, or leave what an earlier site or token scored.
         activation: ``[nnz]`` float32. Written: f = pre if pre > threshold and |x| <= max_norm else 0, with
-            pre = x·W_enc + b_enc. A non-finite pre is passed on as it is.
-        edit: ``[nnz]`` float32. Written: f' − f; 0 where f is not finite.
+            pre = x·W_enc / s + b_enc. A non-finite pre is passed on as it is.
+        edit: ``[nnz]`` float32. Written: f' − f; 0 behind a shut gate and where f is not finite.
         x_norm: ``[N*S]`` float32. Written only for stages that have entries: |x| as the stage saw it.
 
     Raises:
         TypeError: an argument has the wrong dtype; the message names it.
         ValueError: an argument has the wrong shape, strides or range; the message names it. ``x`` is unchanged.
+            On a GPU elements are not looked at: a bad index or operand makes its activation NaN and edits nothing.
     """
     torch.ops.steerserve.steer_delta_(
-        x, ptr, slot, op, value, W_enc, b_enc, threshold, max_norm, W_dec, activation, edit, x_norm
-    )
+        x, ptr, slot, op, value, score_index, W_enc, b_enc, threshold, max_norm, normalization, W_dec,
+        score_ptr, score_threshold, score, activation, edit, x_norm,
+    )  # fmt: skip
 
 
 def steer_delta_ref_(
@@ -80,11 +104,16 @@ def steer_delta_ref_(
     slot: Tensor,
     op: Tensor,
     value: Tensor,
+    score_index: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     max_norm: Tensor,
+    normalization: Tensor,
     W_dec: Tensor,
+    score_ptr: Tensor,
+    score_threshold: Tensor,
+    score: Tensor,
     activation: Tensor,
     edit: Tensor,
     x_norm: Tensor,
@@ -96,18 +125,36 @@ def steer_delta_ref_(
         entries = (segment % num_stages == stage).nonzero().squeeze(1)
         row, bank = segment[entries] // num_stages, slot[entries].long()
         seen = x.float()
-        pre = (seen[row] * W_enc[bank]).sum(-1) + b_enc[bank]
-        norm = torch.linalg.vector_norm(seen, dim=-1)[row]
-        silent = (pre <= threshold[bank]) | (norm > max_norm[bank])
-        f = torch.where(silent & pre.isfinite(), 0.0, pre)
-        e = _edit_of(op[entries], f, value[entries])
+        norm = torch.linalg.vector_norm(seen, dim=-1)
+        scale = normalization_scales(seen, norm)[row, normalization[bank].long()]
+        pre = (seen[row] * W_enc[bank].float()).sum(-1) / scale + b_enc[bank]
+        f = _activate(pre, threshold[bank], norm[row], max_norm[bank])
+        gate, code = score_index[entries].long(), op[entries]
+        feeds = (code == OpCode.MONITOR) & (gate >= 0)
+        score.index_add_(0, gate[feeds], (value[entries] * f)[feeds])
+        shut = gate >= 0
+        shut[shut.clone()] = (score <= score_threshold)[gate[shut]]
+        e = torch.where(shut, 0.0, edit_of(code, f, value[entries]))
         activation[entries], edit[entries] = f, e
-        x_norm[row * num_stages + stage] = norm
+        x_norm[row * num_stages + stage] = norm[row]
         changed = row[e != 0].unique()
-        x[changed] = seen.index_add(0, row, e[:, None] * W_dec[bank])[changed].to(x.dtype)
+        x[changed] = seen.index_add(0, row, (e * scale)[:, None] * W_dec[bank].float())[changed].to(x.dtype)
 
 
-def _edit_of(op: Tensor, f: Tensor, value: Tensor) -> Tensor:
+def normalization_scales(x: Tensor, norm: Tensor) -> Tensor:
+    """``[N, 3]`` the s of every ``Normalization`` for float32 rows ``x`` ``[N, d]`` of norm ``[N]``."""
+    std = ((x - x.mean(-1, keepdim=True)).square().sum(-1) / (x.shape[1] - 1)).sqrt()
+    return torch.stack([torch.ones_like(norm), norm / x.shape[1] ** 0.5, std + 1e-5], dim=1)
+
+
+def _activate(pre: Tensor, threshold: Tensor, norm: Tensor, max_norm: Tensor) -> Tensor:
+    f = torch.where((pre > threshold) & (norm <= max_norm), pre, 0.0)
+    f = torch.where(threshold.isnan() | max_norm.isnan(), torch.nan, f)
+    return torch.where(pre.isfinite(), f, pre)
+
+
+def edit_of(op: Tensor, f: Tensor, value: Tensor) -> Tensor:
+    """f' − f per entry; 0 where f is not finite."""
     edit = torch.zeros_like(f)
     edit = torch.where((op == OpCode.CLAMP) & (f > 0), value - f, edit)
     edit = torch.where(op == OpCode.CLAMP_ALWAYS, value - f, edit)
@@ -121,92 +168,67 @@ def _num_stages(x: Tensor, ptr: Tensor) -> int:
     return (len(ptr) - 1) // len(x) if len(x) else 0
 
 
-_F32, _I32, _U8 = torch.float32, torch.int32, torch.uint8
-
-
-def _steer_delta_cpu(
+def launch_arguments(
+    check: Checks,
     x: Tensor,
     ptr: Tensor,
     slot: Tensor,
     op: Tensor,
     value: Tensor,
+    score_index: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
     max_norm: Tensor,
+    normalization: Tensor,
     W_dec: Tensor,
+    score_ptr: Tensor,
+    score_threshold: Tensor,
+    score: Tensor,
     activation: Tensor,
     edit: Tensor,
     x_norm: Tensor,
-) -> None:
-    """Check what an address does not carry, then call the kernel; it checks indices and operands itself."""
-    _check_activations(x, ptr)
-    num_rows, d = x.shape
-    nnz, num_slots, num_segments = slot.numel(), W_enc.shape[0], ptr.numel() - 1
-    _check("ptr", ptr, _I32, (num_segments + 1,))
-    _check("slot", slot, _I32, (nnz,))
-    _check("op", op, _U8, (nnz,))
-    _check("value", value, _F32, (nnz,))
-    _check("W_enc", W_enc, _F32, (num_slots, d))
-    _check("b_enc", b_enc, _F32, (num_slots,))
-    _check("threshold", threshold, _F32, (num_slots,))
-    _check("max_norm", max_norm, _F32, (num_slots,))
-    _check("W_dec", W_dec, _F32, (num_slots, d))
-    _check("activation", activation, _F32, (nnz,))
-    _check("edit", edit, _F32, (nnz,))
-    _check("x_norm", x_norm, _F32, (num_segments,))
-    C.steer_delta(
-        x.data_ptr(),
-        x.dtype is torch.bfloat16,
-        x.stride(0),
+) -> tuple[int | float, ...]:
+    """Those of the compiled ``steer_delta``, all checked."""
+    num_rows, d = check.shape("x", x, "N", "d")
+    num_slots, _ = check.shape("W_enc", W_enc, "K", "d")
+    nnz, num_segments, num_scores = slot.numel(), ptr.numel() - 1, score.numel()
+    if num_segments < 0 or (num_segments % num_rows if num_rows else num_segments):
+        raise ValueError(f"ptr: got {ptr.numel()} elements, expected a multiple of the {num_rows} rows of x, plus 1")
+    f32, i32, u8 = torch.float32, torch.int32, torch.uint8
+    W_enc_address, w_type = check.weights("W_enc", W_enc, num_slots, d)
+    return (
+        *check.rows("x", x, num_rows, d),
         num_rows,
         d,
-        ptr.data_ptr(),
+        check.tensor("ptr", ptr, i32, num_segments + 1),
         _num_stages(x, ptr),
-        slot.data_ptr(),
-        op.data_ptr(),
-        value.data_ptr(),
+        check.tensor("slot", slot, i32, nnz),
+        check.tensor("op", op, u8, nnz),
+        check.tensor("value", value, f32, nnz),
+        check.tensor("score_index", score_index, i32, nnz),
         nnz,
-        W_enc.data_ptr(),
-        b_enc.data_ptr(),
-        threshold.data_ptr(),
-        max_norm.data_ptr(),
-        W_dec.data_ptr(),
+        W_enc_address,
+        check.tensor("b_enc", b_enc, f32, num_slots),
+        check.tensor("threshold", threshold, f32, num_slots),
+        check.tensor("max_norm", max_norm, f32, num_slots),
+        check.tensor("normalization", normalization, u8, num_slots),
+        check.tensor("W_dec", W_dec, W_enc.dtype, num_slots, d),
+        w_type,
         num_slots,
-        activation.data_ptr(),
-        edit.data_ptr(),
-        x_norm.data_ptr(),
-        torch.get_num_threads(),
+        check.tensor("score_ptr", score_ptr, i32, num_rows + 1),
+        check.tensor("score_threshold", score_threshold, f32, num_scores),
+        check.tensor("score", score, f32, num_scores),
+        num_scores,
+        check.tensor("activation", activation, f32, nnz),
+        check.tensor("edit", edit, f32, nnz),
+        check.tensor("x_norm", x_norm, f32, num_segments),
     )
 
 
-def _check_activations(x: Tensor, ptr: Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"x: got {x.dtype}, expected torch.float32 or torch.bfloat16")
-    if x.dim() != 2:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [N, d]")
-    num_rows, d = x.shape
-    if (d > 1 and x.stride(1) != 1) or (num_rows > 1 and x.stride(0) < d):
-        raise ValueError(f"x: got strides {x.stride()}, expected contiguous rows that do not overlap")
-    num_segments = ptr.numel() - 1
-    if num_segments < 0 or (num_segments % num_rows if num_rows else num_segments):
-        raise ValueError(f"ptr: got {ptr.numel()} elements, expected a multiple of the {num_rows} rows of x, plus 1")
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype is not dtype:
-        raise TypeError(f"{name}: got {tensor.dtype}, expected {dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name}: got strides {tensor.stride()}, expected a contiguous tensor")
-
-
-# A plain registration costs 3 µs a call, torch.library.custom_op about 45 µs: as much as the kernel itself.
-_LIBRARY = torch.library.Library("steerserve", "FRAGMENT")
-_LIBRARY.define(
-    "steer_delta_(Tensor(a!) x, Tensor ptr, Tensor slot, Tensor op, Tensor value, Tensor W_enc, Tensor b_enc, "
-    "Tensor threshold, Tensor max_norm, Tensor W_dec, Tensor(b!) activation, Tensor(c!) edit, Tensor(d!) x_norm) -> ()"
+register(
+    "steer_delta_(Tensor(a!) x, Tensor ptr, Tensor slot, Tensor op, Tensor value, Tensor score_index, Tensor W_enc, "
+    "Tensor b_enc, Tensor threshold, Tensor max_norm, Tensor normalization, Tensor W_dec, Tensor score_ptr, "
+    "Tensor score_threshold, Tensor(b!) score, Tensor(c!) activation, Tensor(d!) edit, Tensor(e!) x_norm) -> ()",
+    launch_arguments,
 )
-_LIBRARY.impl("steer_delta_", _steer_delta_cpu, "CPU")
-torch.library.register_fake("steerserve::steer_delta_", lambda *_: None, lib=_LIBRARY)

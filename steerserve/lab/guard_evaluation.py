@@ -31,8 +31,9 @@ from rich.progress import Progress, track
 from steerserve.config import EngineConfig
 from steerserve.engine.engine import Engine
 from steerserve.errors import AssetError
-from steerserve.kernels.steer_delta import OpCode, steer_delta_
+from steerserve.kernels.steer_delta import Normalization, OpCode, steer_delta_
 from steerserve.lab.activations import pack_contexts
+from steerserve.lab.bootstrap import Interval, bootstrap
 from steerserve.lab.lexicon import Lexicon
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
@@ -53,15 +54,6 @@ class Continuation:
     token_ids: tuple[int, ...]
     text: str
     ended: bool
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -182,21 +174,6 @@ def compare(unguarded: Measured, guarded: Measured) -> Comparison:
     )
 
 
-def bootstrap(
-    clusters: npt.NDArray[np.int_], statistic: Callable[[npt.NDArray[np.int_]], float], draws: int = 2000
-) -> Interval:
-    """Percentile interval of ``statistic(indices)`` under resampling of whole clusters; draws that are NaN drop out."""
-    rng = np.random.default_rng(0)
-    members = [np.flatnonzero(clusters == cluster) for cluster in np.unique(clusters)]
-    values = [
-        statistic(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))]))
-        for _ in range(draws)
-    ]
-    defined = [value for value in values if not np.isnan(value)] or [np.nan]
-    low, high = np.quantile(defined, (0.025, 0.975))
-    return Interval(float(statistic(np.arange(len(clusters)))), float(low), float(high))
-
-
 def guard_function(pack: ConceptPack) -> Mapping[Site, Callable[[torch.Tensor], torch.Tensor]]:
     """The pack's policy, a clamp, as a function of the activation."""
     return {pack.site: lambda x: _through_kernel(pack, x, OpCode.CLAMP)[0]}
@@ -220,11 +197,16 @@ def _through_kernel(pack: ConceptPack, x: torch.Tensor, op: OpCode) -> tuple[tor
         torch.arange(k, dtype=torch.int32).repeat(n),
         torch.full((n * k,), int(op), dtype=torch.uint8),
         torch.from_numpy(tensors.value).repeat(n),
+        torch.full((n * k,), -1, dtype=torch.int32),
         torch.from_numpy(tensors.W_enc),
         torch.from_numpy(tensors.b_enc),
         torch.from_numpy(tensors.threshold),
         torch.from_numpy(tensors.max_norm),
+        torch.full((k,), Normalization.NONE, dtype=torch.uint8),
         torch.from_numpy(tensors.W_dec),
+        torch.zeros(n + 1, dtype=torch.int32),
+        torch.empty(0),
+        torch.empty(0),
         activation.view(-1),
         torch.empty(n * k),
         torch.empty(n),

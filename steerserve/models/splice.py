@@ -26,12 +26,13 @@ from steerserve.types import Site
 
 @dataclass(frozen=True, eq=False)
 class SiteBank:
-    """The features that entries at one site may refer to: ``[K, d]`` and ``[K]``, float32."""
+    """The features that entries at one site may refer to, as in ``steer_delta_``: ``[K, d]`` and ``[K]``."""
 
     W_enc: torch.Tensor
     b_enc: torch.Tensor
     threshold: torch.Tensor
     max_norm: torch.Tensor
+    normalization: torch.Tensor
     W_dec: torch.Tensor
 
 
@@ -39,8 +40,9 @@ class SiteBank:
 class SiteWork:
     """One forward pass's entries at one site, and where the kernel leaves what it read and did.
 
-    Shapes as in ``steer_delta_``: ``ptr[N*S+1]``; ``slot``, ``op``, ``value``, ``activation``,
-    ``edit`` ``[nnz]``; ``x_norm[N*S]``, with N the positions of the pass in row-major order.
+    Shapes as in ``steer_delta_``: ``ptr[N*S+1]``; ``slot``, ``op``, ``value``, ``score_index``, ``activation``,
+    ``edit`` ``[nnz]``; ``score_ptr[N+1]``; ``score_threshold``, ``score`` ``[G]``; ``x_norm[N*S]``, with N the
+    positions of the pass in row-major order.
     """
 
     bank: SiteBank
@@ -48,6 +50,10 @@ class SiteWork:
     slot: torch.Tensor
     op: torch.Tensor
     value: torch.Tensor
+    score_index: torch.Tensor
+    score_ptr: torch.Tensor
+    score_threshold: torch.Tensor
+    score: torch.Tensor
     activation: torch.Tensor
     edit: torch.Tensor
     x_norm: torch.Tensor
@@ -61,11 +67,16 @@ class SiteWork:
             self.slot,
             self.op,
             self.value,
+            self.score_index,
             bank.W_enc,
             bank.b_enc,
             bank.threshold,
             bank.max_norm,
+            bank.normalization,
             bank.W_dec,
+            self.score_ptr,
+            self.score_threshold,
+            self.score,
             self.activation,
             self.edit,
             self.x_norm,

@@ -21,8 +21,10 @@ num_rows, k, d = 8, 64, 1024
 arguments = (
     torch.randn(num_rows, d), torch.arange(0, num_rows * k + 1, k, dtype=torch.int32),
     torch.arange(num_rows * k, dtype=torch.int32) % k, torch.full((num_rows * k,), OpCode.ADD, dtype=torch.uint8),
-    torch.ones(num_rows * k), torch.randn(k, d), torch.zeros(k), torch.zeros(k), torch.full((k,), torch.inf),
-    torch.randn(k, d),
+    torch.ones(num_rows * k), torch.full((num_rows * k,), -1, dtype=torch.int32),
+    torch.randn(k, d), torch.zeros(k), torch.zeros(k), torch.full((k,), torch.inf),
+    torch.zeros(k, dtype=torch.uint8), torch.randn(k, d),
+    torch.zeros(num_rows + 1, dtype=torch.int32), torch.empty(0), torch.empty(0),
     torch.zeros(num_rows * k), torch.zeros(num_rows * k), torch.zeros(num_rows),
 )
 def num_os_threads():

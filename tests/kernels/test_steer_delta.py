@@ -2,151 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import DTYPES, Call, assert_compiles, assert_same_bits, steer_call
+from kernel_formulas import assert_is_the_formula
 from torch import Tensor
 
-from steerserve.kernels.native import C
-from steerserve.kernels.steer_delta import OpCode, steer_delta_, steer_delta_ref_
+from steerserve.kernels.steer_delta import Normalization, OpCode, steer_delta_, steer_delta_ref_
 
-DTYPES = [torch.float32, torch.bfloat16]
-LEVELS = ["scalar", "avx2", "avx512"]
-EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
+BANK = ("W_enc", "b_enc", "threshold", "max_norm", "normalization", "W_dec")
 
 
-@dataclass(frozen=True)
-class Case:
-    """The arguments of one call, in the order of the signature."""
-
-    x: Tensor
-    ptr: Tensor
-    slot: Tensor
-    op: Tensor
-    value: Tensor
-    W_enc: Tensor
-    b_enc: Tensor
-    threshold: Tensor
-    max_norm: Tensor
-    W_dec: Tensor
-    activation: Tensor
-    edit: Tensor
-    x_norm: Tensor
-
-    def arguments(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
-
-    def run(self, kernel: Callable[..., None] = steer_delta_) -> Case:
-        """A copy of the case after the call; x keeps its strides."""
-        done = Case(*(tensor.clone() for tensor in self.arguments()))
-        kernel(*done.arguments())
-        return done
+def steer_case(lengths: list[int], d: int = 64, *, scores: bool = False, num_slots: int = 9, **options: object) -> Call:
+    """A call without scores unless asked for; some rows are beyond the largest norm of every fourth feature."""
+    case = steer_call(lengths, d, num_slots, scores=scores, **options)
+    bounds = torch.where(torch.arange(num_slots) % 4 == 3, 0.98 * d**0.5, torch.inf)
+    return case.replaced(max_norm=bounds)
 
 
-def make_case(
-    lengths: list[int],
-    d: int = 64,
-    *,
-    num_stages: int = 1,
-    num_slots: int = 9,
-    dtype: torch.dtype = torch.float32,
-    op: OpCode | None = None,
-    seed: int = 0,
-) -> Case:
-    """Random activations and bank; segment i has ``lengths[i]`` entries, with random ops unless one is given."""
-    generator = torch.Generator().manual_seed(seed)
-    nnz, num_rows = sum(lengths), len(lengths) // num_stages
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return Case(
-        x=normal(num_rows, d).to(dtype),
-        ptr=torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32),
-        slot=torch.randint(max(num_slots, 1), (nnz,), generator=generator, dtype=torch.int32),
-        op=torch.randint(len(OpCode), (nnz,), generator=generator, dtype=torch.uint8)
-        if op is None
-        else torch.full((nnz,), op, dtype=torch.uint8),
-        value=normal(nnz),
-        W_enc=normal(num_slots, d) / d**0.5,
-        b_enc=normal(num_slots) / 4,
-        threshold=normal(num_slots).abs() / 4,
-        max_norm=torch.where(torch.arange(num_slots) % 4 == 3, 0.98 * d**0.5, torch.inf),  # some rows are beyond it
-        W_dec=normal(num_slots, d) / d**0.5,
-        activation=torch.full((nnz,), 7.0),
-        edit=torch.full((nnz,), 7.0),
-        x_norm=torch.full((len(lengths),), -1.0),
-    )
-
-
-OPERATIONS: dict[OpCode, Callable[[float, float], float]] = {
-    OpCode.MONITOR: lambda f, v: f,
-    OpCode.CLAMP: lambda f, v: v if f > 0 else f,
-    OpCode.CLAMP_ALWAYS: lambda f, v: v,
-    OpCode.CLIP: min,
-    OpCode.SCALE: lambda f, v: v * f,
-    OpCode.ADD: lambda f, v: f + v,
-}
-
-
-def assert_is_the_formula(before: Case, after: Case) -> None:
-    """Compare a one-stage call with its definition in float64, within the rounding of float32 sums."""
-    dtype, d = before.x.dtype, before.x.shape[1]
-    sum_eps = EPS[torch.float32] * (d + 8)
-    x, W_enc, W_dec = (tensor.double().numpy() for tensor in (before.x, before.W_enc, before.W_dec))
-    ptr, slot = before.ptr.tolist(), before.slot.tolist()
-    for row in range(len(x)):
-        expected, slack = x[row].copy(), np.zeros(d)
-        for entry in range(ptr[row], ptr[row + 1]):
-            terms = x[row] * W_enc[slot[entry]]
-            pre = terms.sum() + float(before.b_enc[slot[entry]])
-            inside = np.linalg.norm(x[row]) <= float(before.max_norm[slot[entry]])
-            f = pre if inside and pre > float(before.threshold[slot[entry]]) else 0.0
-            edit = OPERATIONS[OpCode(int(before.op[entry]))](f, float(before.value[entry])) - f
-            f_slack = sum_eps * (np.abs(terms).sum() + 1)
-            e_slack = 4 * f_slack * (1 + abs(float(before.value[entry])))
-            assert abs(float(after.activation[entry]) - f) <= f_slack
-            assert abs(float(after.edit[entry]) - edit) <= e_slack
-            expected += edit * W_dec[slot[entry]]
-            slack += (e_slack + sum_eps * abs(edit)) * np.abs(W_dec[slot[entry]])
-        slack += sum_eps * np.abs(x[row]) + EPS[dtype] / 2 * np.abs(expected) * 1.01
-        assert (np.abs(after.x[row].double().numpy() - expected) <= slack).all()
-        if ptr[row] < ptr[row + 1]:
-            assert float(after.x_norm[row]) == pytest.approx(np.linalg.norm(x[row]), rel=sum_eps)
-        else:
-            assert float(after.x_norm[row]) == -1, "a row without entries was reported as evaluated"
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """The tensor as integers: equality means the same bits, NaN and −0 included."""
-    return tensor.contiguous().view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int32)
-
-
-def assert_same_bits(a: Tensor, b: Tensor) -> None:
-    assert torch.equal(bits(a), bits(b))
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test on every instruction set."""
-    if request.param not in C.supported_simd_levels():
-        pytest.skip(f"this CPU has no {request.param}")
-    best = C.simd_level()
-    C.set_simd_level(request.param)
-    yield request.param
-    C.set_simd_level(best)
+def with_normalization(case: Call) -> Call:
+    """The case with every kind of normalization in its bank."""
+    kinds = torch.arange(len(case.b_enc), dtype=torch.uint8) % len(Normalization)
+    return case.replaced(x=case.x * 3, normalization=kinds)
 
 
 @pytest.mark.parametrize("d", [1, 7, 33, 576])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OpCode)
 def test_every_op_is_its_formula(level: str, op: OpCode, dtype: torch.dtype, d: int) -> None:
-    case = make_case([3, 0, 5, 1, 9], d, dtype=dtype, op=op, seed=d)
+    case = steer_case([3, 0, 5, 1, 9], d, dtype=dtype, op=op, seed=d)
     after = case.run()
     assert (after.activation > 0).any()
     assert_is_the_formula(case, after)
@@ -155,36 +43,120 @@ def test_every_op_is_its_formula(level: str, op: OpCode, dtype: torch.dtype, d: 
 
 @given(
     lengths=st.lists(st.integers(0, 11), max_size=7),
-    d=st.integers(1, 150),
+    d=st.integers(2, 150),
     num_slots=st.integers(1, 12),
     dtype=st.sampled_from(DTYPES),
+    w_dtype=st.sampled_from(DTYPES),
+    gated=st.booleans(),
+    normalized=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-@settings(deadline=None, derandomize=True, max_examples=120)
+@settings(deadline=None, derandomize=True, max_examples=200)
 def test_ragged_batches_are_the_formula(
-    lengths: list[int], d: int, num_slots: int, dtype: torch.dtype, seed: int
+    lengths: list[int],
+    d: int,
+    num_slots: int,
+    dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    gated: bool,
+    normalized: bool,
+    seed: int,
 ) -> None:
-    case = make_case(lengths, d, num_slots=num_slots, dtype=dtype, seed=seed)
+    case = steer_case(lengths, d, num_slots=num_slots, dtype=dtype, w_dtype=w_dtype, scores=gated, seed=seed)
+    case = with_normalization(case) if normalized else case
     for kernel in (steer_delta_, steer_delta_ref_):
         assert_is_the_formula(case, case.run(kernel))
+
+
+def test_layer_norm_of_centred_rows_is_saelens_layer_norm(level: str) -> None:
+    case = steer_case([9], 48, op=OpCode.MONITOR)
+    case = case.replaced(x=case.x * 5 + 2, slot=torch.arange(9, dtype=torch.int32), threshold=case.threshold - 1e9)
+    case.max_norm.fill_(torch.inf)
+    centred = case.W_enc - case.W_enc.mean(1, keepdim=True)
+    after = case.replaced(W_enc=centred, normalization=torch.full((9,), Normalization.LAYER_NORM).byte()).run()
+    x = case.x[0].double() - case.x[0].double().mean()
+    expected = (x / (x.std() + 1e-5)) @ case.W_enc.T.double() + case.b_enc.double()
+    torch.testing.assert_close(after.activation.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [steer_delta_, steer_delta_ref_])
+def test_a_gate_opens_above_its_threshold_and_for_a_score_that_is_not_known(kernel: Callable[..., None]) -> None:
+    case = steer_case([2], op=OpCode.ADD)
+    scores = torch.tensor([-0.5, 0.5, torch.nextafter(torch.tensor(0.5), torch.tensor(1.0)).item(), torch.nan])
+    for score, opens in zip(scores, (False, False, True, True), strict=True):
+        gated = case.replaced(
+            score_index=torch.tensor([0, -1], dtype=torch.int32),
+            score_ptr=torch.tensor([0, 1], dtype=torch.int32),
+            score_threshold=torch.tensor([0.5]),
+            score=score[None],
+        ).run(kernel)
+        assert float(gated.edit[0]) == (float(case.value[0]) if opens else 0.0)
+        assert gated.edit[1] == case.value[1]
+        assert_same_bits(gated.score, score[None])
+
+
+def test_a_score_of_the_first_stage_gates_the_second(level: str) -> None:
+    case = steer_case([1, 1], num_stages=2).replaced(
+        op=torch.tensor([OpCode.MONITOR, OpCode.ADD], dtype=torch.uint8),
+        value=torch.tensor([2.0, 1.0]),
+        score_index=torch.zeros(2, dtype=torch.int32),
+        score_ptr=torch.tensor([0, 1], dtype=torch.int32),
+        score_threshold=torch.tensor([1.0]),
+        score=torch.zeros(1),
+        b_enc=torch.ones(9),
+        threshold=torch.zeros(9),
+        W_enc=torch.zeros(9, 64),
+    )
+    case.max_norm.fill_(torch.inf)
+    after = case.run()
+    assert after.score.tolist() == [2.0]
+    assert after.edit.tolist() == [0.0, 1.0]
+    case.b_enc.fill_(0.5)
+    assert case.run().edit.tolist() == [0.0, 0.0]
+
+
+def test_entries_beyond_the_last_offset_are_spare_room(level: str) -> None:
+    case = steer_case([3, 2], op=OpCode.ADD)
+    spare = {"slot": -5, "op": 99, "value": torch.nan, "score_index": 77, "activation": 7, "edit": 7}
+    roomy = case.replaced(
+        **{name: torch.cat([old := getattr(case, name), old.new_full((4,), fill)]) for name, fill in spare.items()},
+    )
+    after, expected = roomy.run(), case.run()
+    assert_same_bits(after.x, expected.x)
+    assert_same_bits(after.edit[:5], expected.edit)
+    assert (after.edit[5:] == 7).all()
+
+
+@pytest.mark.parametrize("kernel", [steer_delta_, steer_delta_ref_])
+@pytest.mark.parametrize("name", ["threshold", "max_norm"])
+def test_a_feature_with_an_unknown_bound_is_reported_and_edits_nothing(name: str, kernel: Callable[..., None]) -> None:
+    case = steer_case([2], op=OpCode.ADD)
+    case = case.replaced(slot=torch.tensor([0, 1], dtype=torch.int32))
+    getattr(case, name)[0] = torch.nan
+    after = case.run(kernel)
+    assert after.activation.isnan().tolist() == [True, False]
+    assert (after.edit == 0).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("kernel", [steer_delta_, steer_delta_ref_])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_stage_sees_what_the_former_left(dtype: torch.dtype, kernel: Callable[..., None]) -> None:
     lengths = [4, 3, 0, 5, 6, 0]
-    both = make_case(lengths, num_stages=2, dtype=dtype)
+    both = steer_case(lengths, num_stages=2, dtype=dtype)
     entries = torch.repeat_interleave(torch.arange(6), torch.tensor(lengths))
     done = both.run(kernel)
     x = both.x
     for stage in (0, 1):
         mine = entries % 2 == stage
-        single = replace(
-            make_case(lengths[stage::2]),
-            **{name: getattr(both, name) for name in ("W_enc", "b_enc", "threshold", "max_norm", "W_dec")},
-            **{name: getattr(both, name)[mine] for name in ("slot", "op", "value")},
-            x=x,
-        ).run(kernel)
+        single = (
+            steer_case(lengths[stage::2])
+            .replaced(
+                **{name: getattr(both, name) for name in BANK},
+                **{name: getattr(both, name)[mine] for name in ("slot", "op", "value")},
+                x=x,
+            )
+            .run(kernel)
+        )
         assert_same_bits(single.activation, done.activation[mine])
         assert_same_bits(single.edit, done.edit[mine])
         assert_same_bits(single.x_norm, done.x_norm[stage::2])
@@ -193,21 +165,24 @@ def test_a_stage_sees_what_the_former_left(dtype: torch.dtype, kernel: Callable[
 
 
 def test_a_feature_asked_twice_reads_once_and_adds_up(level: str) -> None:
-    once = make_case([1], op=OpCode.ADD)
-    thrice = replace(
-        make_case([3], op=OpCode.ADD),
-        **{name: getattr(once, name) for name in ("x", "W_enc", "b_enc", "threshold", "W_dec")},
-        slot=once.slot.expand(3).contiguous(),
-        value=torch.tensor([0.5, 2.0, -0.25]),
-    ).run()
+    once = steer_case([1], op=OpCode.ADD)
+    thrice = (
+        steer_case([3], op=OpCode.ADD)
+        .replaced(
+            **{name: getattr(once, name) for name in ("x", *BANK)},
+            slot=once.slot.expand(3).contiguous(),
+            value=torch.tensor([0.5, 2.0, -0.25]),
+        )
+        .run()
+    )
     assert torch.equal(thrice.activation, thrice.activation[:1].expand(3))
     torch.testing.assert_close(thrice.x, once.x + 2.25 * once.W_dec[once.slot])
 
 
 def test_threshold_minus_infinity_reads_a_projection(level: str) -> None:
-    case = replace(make_case([9], op=OpCode.SCALE), threshold=torch.full((9,), -torch.inf))
+    case = steer_case([9], op=OpCode.SCALE).replaced(threshold=torch.full((9,), -torch.inf))
     case.max_norm.fill_(torch.inf)
-    case = replace(case, slot=torch.arange(9, dtype=torch.int32), value=torch.zeros(9))
+    case = case.replaced(slot=torch.arange(9, dtype=torch.int32), value=torch.zeros(9))
     after = case.run()
     assert (after.activation < 0).any()
     torch.testing.assert_close(after.activation, case.x[0] @ case.W_enc.T + case.b_enc)
@@ -220,7 +195,7 @@ def test_threshold_minus_infinity_reads_a_projection(level: str) -> None:
 def test_a_broken_row_is_reported_and_left_alone(
     kernel: Callable[..., None], poison: float, dtype: torch.dtype
 ) -> None:
-    case = make_case([5, 5, 5], dtype=dtype, op=OpCode.CLAMP_ALWAYS)
+    case = steer_case([5, 5, 5], dtype=dtype, op=OpCode.CLAMP_ALWAYS)
     healthy = case.run(kernel)
     case.x[1, 3] = poison
     after = case.run(kernel)
@@ -234,8 +209,8 @@ def test_a_broken_row_is_reported_and_left_alone(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_fires_nothing_changes(level: str, dtype: torch.dtype) -> None:
-    case = make_case([6, 6], 37, dtype=dtype, op=OpCode.CLAMP)
-    case = replace(case, threshold=torch.full((9,), 1e9))
+    case = steer_case([6, 6], 37, dtype=dtype, op=OpCode.CLAMP)
+    case = case.replaced(threshold=torch.full((9,), 1e9))
     case.x[0, :2] = -0.0
     after = case.run()
     assert (after.activation == 0).all()
@@ -245,13 +220,13 @@ def test_nothing_fires_nothing_changes(level: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_beyond_the_largest_norm_is_left_alone(level: str, dtype: torch.dtype) -> None:
-    case = make_case([6, 6], dtype=dtype, op=OpCode.CLAMP_ALWAYS)
+    case = steer_case([6, 6], dtype=dtype, op=OpCode.CLAMP_ALWAYS)
     case.x[0] *= 100  # an attention sink
     case.max_norm.fill_(50.0)
     after = case.run()
     assert (after.activation[:6] == 0).all()
     assert after.x_norm[0] > 100, "evaluated, and said so"
-    inside = replace(case, max_norm=torch.full((9,), torch.inf)).run()
+    inside = case.replaced(max_norm=torch.full((9,), torch.inf)).run()
     assert_same_bits(after.x[1], inside.x[1])
     assert (inside.activation[:6] > 0).any()
 
@@ -259,7 +234,7 @@ def test_a_row_beyond_the_largest_norm_is_left_alone(level: str, dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_does_not_depend_on_its_neighbours_or_threads(level: str, dtype: torch.dtype) -> None:
     lengths, d = [40, 0, 17, 63, 64, 1, 30, 55] * 6, 601  # enough work for several threads
-    case = make_case(lengths, d, num_slots=64, dtype=dtype)
+    case = steer_case(lengths, d, num_slots=64, dtype=dtype)
     num_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
@@ -272,31 +247,34 @@ def test_a_row_does_not_depend_on_its_neighbours_or_threads(level: str, dtype: t
         assert_same_bits(getattr(threaded, name), getattr(single, name))
     for row in range(8):
         own = slice(int(case.ptr[row]), int(case.ptr[row + 1]))
-        alone = replace(
-            make_case([lengths[row]], d, num_slots=64),
-            **{name: getattr(case, name) for name in ("W_enc", "b_enc", "threshold", "max_norm", "W_dec")},
-            **{name: getattr(case, name)[own] for name in ("slot", "op", "value")},
-            x=case.x[row : row + 1],
-        ).run()
+        alone = (
+            steer_case([lengths[row]], d, num_slots=64)
+            .replaced(
+                **{name: getattr(case, name) for name in BANK},
+                **{name: getattr(case, name)[own] for name in ("slot", "op", "value")},
+                x=case.x[row : row + 1],
+            )
+            .run()
+        )
         assert_same_bits(alone.x[0], threaded.x[row])
         assert_same_bits(alone.activation, threaded.activation[own])
 
 
 def test_a_feature_reads_the_same_wherever_it_stands_in_the_plan(level: str) -> None:
-    case = make_case([11], 77, num_slots=11, op=OpCode.MONITOR)
+    case = steer_case([11], 77, num_slots=11, op=OpCode.MONITOR)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
-    straight = replace(case, slot=torch.arange(11, dtype=torch.int32)).run()
-    shuffled = replace(case, slot=order.int()).run()
+    straight = case.replaced(slot=torch.arange(11, dtype=torch.int32)).run()
+    shuffled = case.replaced(slot=order.int()).run()
     assert_same_bits(shuffled.activation, straight.activation[order])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_rows_are_edited_and_nothing_beside_them(level: str, dtype: torch.dtype) -> None:
-    case = make_case([5, 5, 5], 45, dtype=dtype, op=OpCode.ADD)
+    case = steer_case([5, 5, 5], 45, dtype=dtype, op=OpCode.ADD)
     surrounding = torch.full((7, 61), 3.0, dtype=dtype)
     window = surrounding[1:7:2, 9:54]
     window.copy_(case.x)
-    steer_delta_(window, *case.run().arguments()[1:])
+    steer_delta_(window, *case.run().tensors[1:])
     assert_same_bits(window, case.run().x)
     window.fill_(3.0)
     assert (surrounding == 3.0).all()
@@ -305,8 +283,7 @@ def test_strided_rows_are_edited_and_nothing_beside_them(level: str, dtype: torc
 def test_bfloat16_rounds_to_nearest_even_like_torch(level: str) -> None:
     sums = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-8 + 2**-20, 1e-40, 3e-39, 3.4e38, torch.nan])
     sums[-1:].view(torch.int32).fill_(0x7FFFFFFF)  # a NaN whose bits, rounded as a number, would become −0
-    case = replace(
-        make_case([1], len(sums), num_slots=1, dtype=torch.bfloat16, op=OpCode.ADD),
+    case = steer_case([1], len(sums), num_slots=1, dtype=torch.bfloat16, op=OpCode.ADD).replaced(
         x=torch.zeros(1, len(sums), dtype=torch.bfloat16),
         value=torch.ones(1),
         W_dec=sums[None],
@@ -319,13 +296,13 @@ def test_bfloat16_rounds_to_nearest_even_like_torch(level: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_rows", "num_slots"), [(0, 4), (3, 0), (3, 4)])
 def test_nothing_to_do_is_fine(num_rows: int, num_slots: int, dtype: torch.dtype) -> None:
-    case = make_case([0] * num_rows, num_slots=num_slots, dtype=dtype)
+    case = steer_case([0] * num_rows, num_slots=num_slots, dtype=dtype)
     after = case.run()
     assert_same_bits(after.x, case.x)
     assert (after.x_norm == -1).all()
 
 
-BAD_ARGUMENTS: dict[str, tuple[type[Exception], str, Callable[[Case], Tensor]]] = {
+BAD_ARGUMENTS: dict[str, tuple[type[Exception], str, Callable[[Call], Tensor]]] = {
     "x half": (TypeError, "x", lambda case: case.x.half()),
     "x 1-d": (ValueError, "x", lambda case: case.x[0]),
     "x columns": (ValueError, "x", lambda case: case.x.T.contiguous().T),
@@ -343,6 +320,16 @@ BAD_ARGUMENTS: dict[str, tuple[type[Exception], str, Callable[[Case], Tensor]]] 
     "op short": (ValueError, "op", lambda case: case.op[1:]),
     "value NaN": (ValueError, "value", lambda case: case.value * torch.nan),
     "value infinite": (ValueError, "value", lambda case: case.value / 0),
+    "score_index short": (ValueError, "score_index", lambda case: case.score_index[1:]),
+    "score_index beyond": (ValueError, "score_index", lambda case: case.score_index + 1),
+    "score_ptr int64": (TypeError, "score_ptr", lambda case: case.score_ptr.long()),
+    "score_ptr short": (ValueError, "score_ptr", lambda case: case.score_ptr[1:]),
+    "score_ptr beyond": (ValueError, "score_ptr", lambda case: case.score_ptr + case.score_ptr),
+    "score_threshold long": (ValueError, "score_threshold", lambda case: torch.zeros(1)),
+    "score float64": (TypeError, "score", lambda case: case.score.double()),
+    "normalization unknown": (ValueError, "normalization", lambda case: case.normalization + 3),
+    "normalization float": (TypeError, "normalization", lambda case: case.normalization.float()),
+    "W_enc half": (TypeError, "W_enc", lambda case: case.W_enc.half()),
     "value float64": (TypeError, "value", lambda case: case.value.double()),
     "W_enc other d": (ValueError, "W_enc", lambda case: case.W_enc[:, 1:].contiguous()),
     "W_enc columns": (ValueError, "W_enc", lambda case: case.W_enc.T.contiguous().T),
@@ -359,33 +346,25 @@ BAD_ARGUMENTS: dict[str, tuple[type[Exception], str, Callable[[Case], Tensor]]] 
 @pytest.mark.parametrize("problem", BAD_ARGUMENTS)
 def test_a_bad_argument_is_named_and_nothing_is_written(problem: str) -> None:
     error, name, damage = BAD_ARGUMENTS[problem]
-    case = make_case([3, 3], op=OpCode.ADD)
-    bad = replace(case, **{name: damage(case)})
-    before = [tensor.clone() for tensor in bad.arguments()]
+    case = steer_case([3, 3], op=OpCode.ADD)
+    bad = case.replaced(**{name: damage(case)})
+    before = [tensor.clone() for tensor in bad.tensors]
     with pytest.raises(error, match=rf"^{name}[:\[]"):
-        steer_delta_(*bad.arguments())
-    for tensor, copy in zip(bad.arguments(), before, strict=True):
+        steer_delta_(*bad.tensors)
+    for tensor, copy in zip(bad.tensors, before, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
 def test_another_device_is_refused() -> None:
-    arguments = make_case([3, 3]).arguments()
+    arguments = steer_case([3, 3]).tensors
     with pytest.raises(NotImplementedError, match="steer_delta_"):
         steer_delta_(arguments[0].to_sparse(), *arguments[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_accepts_the_registration(dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.steerserve.steer_delta_.default, make_case([3, 0, 5], dtype=dtype).arguments())
+    torch.library.opcheck(torch.ops.steerserve.steer_delta_.default, steer_case([3, 0, 5], dtype=dtype).tensors)
 
 
 def test_a_compiled_graph_keeps_the_edit() -> None:
-    case = make_case([3, 0, 5], op=OpCode.ADD)
-
-    def double_then_steer(*arguments: Tensor) -> Tensor:
-        x = arguments[0] * 2
-        steer_delta_(x, *arguments[1:])
-        return x + 1
-
-    compiled = torch.compile(double_then_steer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(*case.run().arguments()), double_then_steer(*case.run().arguments()))
+    assert_compiles(steer_case([3, 0, 5], op=OpCode.ADD))

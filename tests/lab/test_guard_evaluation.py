@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from steerserve.errors import AssetError
+from steerserve.lab.bootstrap import bootstrap
 from steerserve.lab.guard_evaluation import (
     MAX_TOKENS,
     Arm,
@@ -18,7 +19,6 @@ from steerserve.lab.guard_evaluation import (
     Measured,
     benign_perplexity,
     benign_tokens,
-    bootstrap,
     compare,
     continuation_nll,
     continue_prompts,

@@ -31,13 +31,18 @@ def add_work(d_model: int, amount: float) -> SiteWork:
     """Add ``amount`` along the first axis at every position."""
     axis = torch.eye(d_model)[:1].contiguous()
     bound = torch.full((1,), torch.inf)
-    bank = SiteBank(W_enc=axis, b_enc=torch.zeros(1), threshold=-bound, max_norm=bound, W_dec=axis)
+    none = torch.zeros(1, dtype=torch.uint8)
+    bank = SiteBank(axis, torch.zeros(1), threshold=-bound, max_norm=bound, normalization=none, W_dec=axis)
     return SiteWork(
         bank=bank,
         ptr=torch.arange(NUM_ROWS + 1, dtype=torch.int32),
         slot=torch.zeros(NUM_ROWS, dtype=torch.int32),
         op=torch.full((NUM_ROWS,), OpCode.ADD, dtype=torch.uint8),
         value=torch.full((NUM_ROWS,), amount),
+        score_index=torch.full((NUM_ROWS,), -1, dtype=torch.int32),
+        score_ptr=torch.zeros(NUM_ROWS + 1, dtype=torch.int32),
+        score_threshold=torch.empty(0),
+        score=torch.empty(0),
         activation=torch.empty(NUM_ROWS),
         edit=torch.empty(NUM_ROWS),
         x_norm=torch.full((NUM_ROWS,), -1.0),

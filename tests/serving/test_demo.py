@@ -31,14 +31,15 @@ def rates(unguarded: list[int], guarded: list[int]) -> demo.Rates:
 
 def test_reduction_and_its_interval() -> None:
     measured = rates([2, 1, 2, 0, 2, 1] * 10, [0, 1, 0, 0, 0, 0] * 10)
-    low, high = measured.interval()
-    assert measured.reduction() == 1 - 10 / 80
-    assert 0.7 < low < measured.reduction() < high < 1.0
-    assert measured.interval() == (low, high)
+    reduction = measured.reduction()
+    assert reduction.value == 1 - 10 / 80
+    assert 0.7 < reduction.low < reduction.value < reduction.high < 1.0
+    assert measured.reduction() == reduction
 
 
 def test_a_policy_that_removes_everything_has_a_certain_reduction() -> None:
-    assert rates([1, 2, 1], [0, 0, 0]).interval() == (1.0, 1.0)
+    reduction = rates([1, 2, 1], [0, 0, 0]).reduction()
+    assert (reduction.low, reduction.high) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,103 @@
+"""The hot path allocates nothing: a launch that has work to do calls malloc as often as one that has none.
+
+The second is what pybind11 allocates for its arguments. Counted in a process of its own, under a malloc that counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+COUNTING_MALLOC = """
+#include <errno.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
+extern void *__libc_memalign(size_t, size_t);
+static atomic_long num_allocations;
+
+long allocations(void) { return num_allocations; }
+
+void *malloc(size_t size) { return ++num_allocations, __libc_malloc(size); }
+void *calloc(size_t count, size_t size) { return ++num_allocations, __libc_calloc(count, size); }
+void *realloc(void *memory, size_t size) { return ++num_allocations, __libc_realloc(memory, size); }
+void *memalign(size_t alignment, size_t size) { return ++num_allocations, __libc_memalign(alignment, size); }
+void *aligned_alloc(size_t alignment, size_t size) { return ++num_allocations, __libc_memalign(alignment, size); }
+int posix_memalign(void **memory, size_t alignment, size_t size) {
+  *memory = aligned_alloc(alignment, size);
+  return *memory ? 0 : ENOMEM;
+}
+"""
+
+PROBE = """
+import ctypes, itertools, json, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from kernel_cases import decode_call, encode_call, head_call, splice_call, steer_call
+from steerserve.kernels.backend import OPERATORS
+from steerserve.kernels.checks import Checks
+from steerserve.kernels.native import C
+
+allocations = ctypes.CDLL(None).allocations
+allocations.restype = ctypes.c_long
+NUM_CALLS = 5
+
+def launch(call):
+    operator = OPERATORS[call.name]
+    numbers = operator.launch_arguments(Checks(torch.device("cpu")), *call.arguments.values())
+    workspace = (0,) if operator.workspace_for else ()
+    return getattr(C, operator.kernel), (*numbers, *workspace)
+
+def count(kernel, numbers, num_threads):
+    before = allocations()
+    for _ in itertools.repeat(None, NUM_CALLS):
+        kernel(*numbers, num_threads)
+    return allocations() - before
+
+def make_calls(num_rows, dtype):
+    lengths, d, d_sae = [40] * num_rows, 256, 1000  # enough work for several threads
+    types = {"dtype": dtype, "w_dtype": dtype}
+    return [
+        steer_call(lengths, d, d_sae, **types),
+        encode_call(num_rows, d, d_sae, **types),
+        encode_call(num_rows, d, d_sae, k=30, **types),
+        decode_call([400] * num_rows, 400, d, d_sae, **types),
+        splice_call(lengths, d, d_sae, **types),
+        splice_call(lengths, d, d_sae, k=30, **types),
+        head_call(lengths, 16, 512, dtype=dtype),
+    ]
+
+for level in C.supported_simd_levels():
+    C.set_simd_level(level)
+    for dtype, num_rows, num_threads in itertools.product((torch.float32, torch.bfloat16), (1, 17), (1, 2)):
+        for busy, idle in zip(make_calls(num_rows, dtype), make_calls(0, dtype), strict=True):
+            (kernel, numbers), (_, nothing) = launch(busy), launch(idle)
+            first = count(kernel, numbers, num_threads)  # the first of them grows the scratch
+            print(json.dumps({
+                "call": [busy.name, busy.arguments.get("k"), level, str(dtype), num_rows, num_threads],
+                "first": first,
+                "busy": count(kernel, numbers, num_threads),
+                "idle": count(kernel, nothing, num_threads),
+            }))
+"""
+
+
+def test_a_warm_launch_allocates_nothing(tmp_path: Path) -> None:
+    library = tmp_path / "counting_malloc.so"
+    (tmp_path / "counting_malloc.c").write_text(COUNTING_MALLOC)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "counting_malloc.c"], check=True)
+    probe = subprocess.run(
+        [sys.executable, "-c", PROBE, Path(__file__).parent],
+        env=os.environ | {"LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert probe.returncode == 0, probe.stderr
+    counts = [json.loads(line) for line in probe.stdout.splitlines()]
+    assert any(each["first"] > each["busy"] for each in counts), "growing the scratch was not counted"
+    assert [each for each in counts if each["busy"] != each["idle"]] == []

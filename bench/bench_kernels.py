@@ -35,12 +35,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from steerserve.engine.runner import ModelRunner
 from steerserve.kernels.head_scale import head_scale_
 from steerserve.kernels.native import C
 from steerserve.kernels.sae_decode import sae_decode
 from steerserve.kernels.sae_encode import SparseFeatures, sae_encode
 from steerserve.kernels.sae_splice import sae_splice_
 from steerserve.kernels.steer_delta import Normalization, OpCode, steer_delta_
+from steerserve.models.loading import load_model
+from steerserve.models.pull import pull
 
 SIZES = {"SmolLM2-135M": (576, 4608), "Gemma-2-2B": (2304, 16384), "Llama-3-8B": (4096, 131072)}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -318,6 +321,27 @@ def line(case: Case, bandwidth: float) -> list[str]:
     ]
 
 
+def decode_step_table() -> Table:
+    """``steer_delta_`` with 64 features in every row, all different, against a decode step of SmolLM2 in bfloat16."""
+    model = load_model(str(pull("smollm2-135m-instruct")), torch.bfloat16)
+    table = Table("B", "decode step, ms", "steer_delta, µs", "share", title="64 features a row at one layer of SmolLM2")
+    for num_rows in (1, 16):
+        runner = ModelRunner(model, num_rows, 128)
+        sae = RandomSAE.make(model.d_model, 64 * num_rows, torch.float32)
+        _, steer, _ = delta_case(sae, torch.randn(num_rows, model.d_model).bfloat16())
+        tokens, positions = [1] * num_rows, [64] * num_rows
+
+        def step(runner: ModelRunner = runner, tokens: list[int] = tokens, positions: list[int] = positions) -> object:
+            return runner.decode(tokens, positions, {})
+
+        step_time, steer_time = (statistics.median(seconds) for seconds in timed([step, steer]))
+        table.add_row(
+            str(num_rows), f"{step_time * 1e3:.1f}", f"{steer_time * 1e6:.0f}", f"{steer_time / step_time:.2%}"
+        )
+        runner.close()
+    return table
+
+
 def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = (
@@ -343,6 +367,8 @@ def main() -> None:
             table.add_row(*line(case, bandwidth))
     console.print(f"{machine()}; reads {bandwidth / 1e9:.1f} GB/s from memory")
     console.print(table)
+    if "steer_delta".startswith(options.only):
+        console.print(decode_step_table())
 
 
 if __name__ == "__main__":

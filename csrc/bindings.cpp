@@ -12,6 +12,8 @@ using namespace steerserve;
 namespace {
 
 struct Cpu {
+  static constexpr int32_t kDeviceType = kCpu;
+
   template <class Args>
   static void run(const Args& args, int64_t num_threads) {
     launch(args, static_cast<int>(num_threads));

@@ -24,6 +24,8 @@ const char* name_of(const SaeSpliceArgs&) { return "sae_splice"; }
 const char* name_of(const HeadScaleArgs&) { return "head_scale"; }
 
 struct Gpu {
+  static constexpr int32_t kDeviceType = kCuda;
+
   template <class Args>
   static void run(const Args& args, int64_t stream) {
     const cudaError_t error = steerserve::run(args, reinterpret_cast<cudaStream_t>(stream));

@@ -231,11 +231,10 @@ __global__ void __launch_bounds__(kSteerThreads, 2) steer_delta_kernel(const Ste
       changed = true;
       __syncthreads();
     }
-    if (changed) {
-      for (int i = threadIdx.x; i < d; i += kSteerThreads)
-        x[place<V>(i, d)] = store(args.x, args.x_type, n * args.x_row_stride + i, x[place<V>(i, d)]);
-      __syncthreads();
-    }
+    if (!changed) continue;
+    // The next stage meets at a barrier before it reads x.
+    for (int i = threadIdx.x; i < d; i += kSteerThreads)
+      x[place<V>(i, d)] = store(args.x, args.x_type, n * args.x_row_stride + i, x[place<V>(i, d)]);
   }
 }
 

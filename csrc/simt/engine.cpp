@@ -88,20 +88,18 @@ class Permutation {
 // Memory that a kernel must not trust: of exact size, for ASan, and full of NaN or −1.
 class Poisoned {
  public:
-  explicit Poisoned(size_t bytes) : bytes_(bytes) {
+  explicit Poisoned(size_t bytes) {
     if (bytes == 0) return;
     if (posix_memalign(&memory_, 16, bytes) != 0) fail("no memory for shared arrays");
     std::memset(memory_, 0xff, bytes);
   }
-  Poisoned(Poisoned&& other) noexcept : memory_(std::exchange(other.memory_, nullptr)), bytes_(other.bytes_) {}
+  Poisoned(Poisoned&& other) noexcept : memory_(std::exchange(other.memory_, nullptr)) {}
   ~Poisoned() { std::free(memory_); }
 
   void* get() const { return memory_; }
-  size_t bytes() const { return bytes_; }
 
  private:
   void* memory_ = nullptr;
-  size_t bytes_;
 };
 
 struct ArrayName {
@@ -403,10 +401,5 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > static_cast<int>(simt::kMaxSharedBytes))
     return cudaErrorInvalidValue;
   simt::machine().limits[kernel] = {static_cast<size_t>(value)};
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* address, int value, size_t bytes, cudaStream_t) {
-  std::memset(address, value, bytes);
   return cudaSuccess;
 }

@@ -97,73 +97,73 @@ struct Expected {
 
 class Definition {
  public:
-  explicit Definition(const Case& before) : c(before), d(before.layout.d) {
-    const size_t nnz = c.slot.size();
-    for (size_t i = 0; i < c.x.size(); ++i) result.x.push_back(c.x[i]);
-    result.score.assign(c.score.begin(), c.score.end());
+  explicit Definition(const Case& before) : before_(before), d_(before.layout.d) {
+    const size_t nnz = before_.slot.size();
+    for (size_t i = 0; i < before_.x.size(); ++i) result.x.push_back(before_.x[i]);
+    result.score.assign(before_.score.begin(), before_.score.end());
     result.activation = result.edit = std::vector<double>(nnz, kUnwritten);
-    result.x_norm = std::vector<double>(c.x_norm.size(), kUnwritten);
-    for (int64_t row = 0; row < c.num_rows; ++row)
-      for (int stage = 0; stage < c.layout.num_stages; ++stage) apply_stage(row, row * c.layout.num_stages + stage);
+    result.x_norm = std::vector<double>(before_.x_norm.size(), kUnwritten);
+    for (int64_t row = 0; row < before_.num_rows; ++row)
+      for (int stage = 0; stage < before_.layout.num_stages; ++stage)
+        apply_stage(row, row * before_.layout.num_stages + stage);
   }
 
   Expected result;
 
  private:
   bool has_score(int64_t row, int index) const {
-    const int begin = c.score_ptr[row], end = c.score_ptr[row + 1];
-    return 0 <= begin && end <= static_cast<int64_t>(c.score.size()) && begin <= index && index < end;
+    const int begin = before_.score_ptr[row], end = before_.score_ptr[row + 1];
+    return 0 <= begin && end <= static_cast<int64_t>(before_.score.size()) && begin <= index && index < end;
   }
 
   bool is_valid(int64_t row, int entry) const {
-    const int slot = c.slot[entry];
-    return 0 <= slot && slot < c.layout.num_slots && c.op[entry] < kNumSteerOps && std::isfinite(c.value[entry]) &&
-           (c.score_index[entry] == -1 || has_score(row, c.score_index[entry])) &&
-           c.normalization[slot] < kNumNormalizations;
+    const int slot = before_.slot[entry];
+    return 0 <= slot && slot < before_.layout.num_slots && before_.op[entry] < kNumSteerOps &&
+           std::isfinite(before_.value[entry]) &&
+           (before_.score_index[entry] == -1 || has_score(row, before_.score_index[entry])) &&
+           before_.normalization[slot] < kNumNormalizations;
   }
 
   double activation(const Row& row, int slot) const {
-    double pre = 0;
-    for (int i = 0; i < d; ++i) pre += row.x[i] * c.W_enc[slot * d + i];
-    pre = pre / row.scale(c.normalization[slot]) + c.b_enc[slot];
+    const double pre = row.dot(before_.W_enc, slot) / row.scale(before_.normalization[slot]) + before_.b_enc[slot];
     if (!std::isfinite(pre)) return pre;
-    if (std::isnan(c.threshold[slot]) || std::isnan(c.max_norm[slot])) return kNaN;
-    return pre > c.threshold[slot] && row.norm <= c.max_norm[slot] ? pre : 0;
+    if (std::isnan(before_.threshold[slot]) || std::isnan(before_.max_norm[slot])) return kNaN;
+    return pre > before_.threshold[slot] && row.norm <= before_.max_norm[slot] ? pre : 0;
   }
 
   void apply_stage(int64_t n, int64_t segment) {
-    const int begin = c.ptr[segment], end = c.ptr[segment + 1];
-    if (begin < 0 || begin > end || end > static_cast<int64_t>(c.slot.size())) {
+    const int begin = before_.ptr[segment], end = before_.ptr[segment + 1];
+    if (begin < 0 || begin > end || end > static_cast<int64_t>(before_.slot.size())) {
       result.x_norm[segment] = kNaN;
       return;
     }
     if (begin == end) return;
-    double* const x = &result.x[n * c.stride];
-    const Row row(std::vector<double>(x, x + d));
+    double* const x = &result.x[n * before_.stride];
+    const Row row(std::vector<double>(x, x + d_));
     result.x_norm[segment] = row.norm;
     for (int j = begin; j < end; ++j) {
-      result.activation[j] = is_valid(n, j) ? activation(row, c.slot[j]) : kNaN;
-      if (c.op[j] == kMonitor && has_score(n, c.score_index[j]))
-        result.score[c.score_index[j]] += c.value[j] * result.activation[j];
+      result.activation[j] = is_valid(n, j) ? activation(row, before_.slot[j]) : kNaN;
+      if (before_.op[j] == kMonitor && has_score(n, before_.score_index[j]))
+        result.score[before_.score_index[j]] += before_.value[j] * result.activation[j];
     }
     bool changes = false;
     for (int j = begin; j < end; ++j) {
-      const double f = result.activation[j], value = c.value[j];
-      const int gate = c.score_index[j];
-      const bool open = gate < 0 || !std::isfinite(f) || !(result.score[gate] <= c.score_threshold[gate]);
-      const double edit = open && std::isfinite(f) ? edited(c.op[j], f, value) - f : 0;
+      const double f = result.activation[j], value = before_.value[j];
+      const int gate = before_.score_index[j];
+      const bool open = gate < 0 || !std::isfinite(f) || !(result.score[gate] <= before_.score_threshold[gate]);
+      const double edit = open && std::isfinite(f) ? edited(before_.op[j], f, value) - f : 0;
       result.edit[j] = edit;
       if (edit == 0) continue;
       changes = true;
-      const double scale = row.scale(c.normalization[c.slot[j]]);
-      for (int i = 0; i < d; ++i) x[i] += scale * edit * c.W_dec[c.slot[j] * d + i];
+      const double scale = row.scale(before_.normalization[before_.slot[j]]);
+      for (int i = 0; i < d_; ++i) x[i] += scale * edit * before_.W_dec[before_.slot[j] * d_ + i];
     }
     if (changes)
-      for (int i = 0; i < d; ++i) x[i] = rounded(c.x.type(), x[i]);
+      for (int i = 0; i < d_; ++i) x[i] = rounded(before_.x.type(), x[i]);
   }
 
-  const Case& c;
-  const int d;
+  const Case& before_;
+  const int d_;
 };
 
 // `relative` to the size of the numbers: 0 demands the definition, rounded once.

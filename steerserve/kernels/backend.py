@@ -1,7 +1,7 @@
-"""Registration of the operators with torch: one set of checks, and behind it a CPU and a CUDA backend.
+"""Registration of the operators with torch, and the short way to them.
 
-``_C`` (CPU) and ``_cuda`` bind the same signatures (csrc/bind_ops.h). So an operator states its checks and the order
-of its launch arguments once; what differs is where it runs, on a number of threads or on a stream, and the workspace.
+``_C`` (CPU) and ``_cuda`` bind the same signatures and check the same things (csrc/bind_ops.h, csrc/tensor.h); what
+differs is where they run, on a number of threads or on a stream, and the workspace.
 """
 
 from __future__ import annotations
@@ -9,73 +9,66 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from steerserve.kernels.checks import Checks
 from steerserve.kernels.native import C
 
 _LIBRARY = torch.library.Library("steerserve", "FRAGMENT")
-_CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
 class Operator:
-    """What torch calls for an operator.
+    """``torch.ops.steerserve.<name>``, made from its schema, which declares what the operator writes.
 
-    Attributes:
-        kernel: its name in the compiled modules.
-        launch_arguments: checks the operator's arguments, given a ``Checks`` and them, and returns those of the
-            compiled launch up to its workspace.
+    Called with plain CPU tensors outside of a trace it goes straight to the compiled launch: torch's dispatcher and
+    Python would cost several times as much as a small launch itself, and more still in cold caches.
+
+    Args:
         workspace_for: of an operator that has a workspace, the (num_rows, d_sae) that size it on a GPU.
     """
 
-    kernel: str
-    launch_arguments: Callable[..., tuple[int | float, ...]]
-    workspace_for: Callable[..., tuple[int, int]] | None
+    def __init__(self, schema: str, workspace_for: Callable[..., tuple[int, int]] | None = None) -> None:
+        self.name = schema[: schema.index("(")]
+        self.kernel = self.name.rstrip("_")
+        self.workspace_for = workspace_for
+        self._launch_on_cpu = getattr(C, self.kernel)
+        self._no_workspace = () if workspace_for is None else (0,)
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(self.name, self.run_on_cpu, "CPU")
+        _LIBRARY.impl(self.name, self.run_on_cuda, "CUDA")
+        torch.library.register_fake(f"steerserve::{self.name}", self.check_traced, lib=_LIBRARY)
+        self._overload = getattr(torch.ops.steerserve, self.name).default
+
+    def __call__(self, *arguments: Any) -> None:
+        first = arguments[0]
+        if torch.compiler.is_compiling() or type(first) is not Tensor or not first.is_cpu:
+            self._overload(*arguments)
+        else:
+            self.run_on_cpu(*arguments)
 
     def run_on_cpu(self, *arguments: Any) -> None:
-        numbers = self.launch_arguments(Checks(_CPU), *arguments)
-        workspace = () if self.workspace_for is None else (0,)
-        getattr(C, self.kernel)(*numbers, *workspace, torch.get_num_threads())
+        """Launch on torch's number of threads."""
+        self._launch_on_cpu(*arguments, *self._no_workspace, torch.get_num_threads())
 
     def run_on_cuda(self, *arguments: Any) -> None:
-        device = arguments[0].device
-        numbers = self.launch_arguments(Checks(device), *arguments)
-        cuda = cuda_module()
+        """Launch on the current stream of the first tensor's device."""
+        cuda, device = cuda_module(), arguments[0].device
         with torch.cuda.device(device):
+            workspace: tuple[int, ...] = ()
             if self.workspace_for is not None:
                 num_bytes = getattr(cuda, f"{self.kernel}_workspace")(*self.workspace_for(*arguments))
                 # Freed when this returns, yet safe: torch hands it out again only for later work of this stream.
-                workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-                numbers = (*numbers, workspace.data_ptr())
-            getattr(cuda, self.kernel)(*numbers, torch.cuda.current_stream(device).cuda_stream)
+                workspace = (torch.empty(num_bytes, dtype=torch.uint8, device=device).data_ptr(),)
+            getattr(cuda, self.kernel)(*arguments, *workspace, torch.cuda.current_stream(device).cuda_stream)
 
     def check_traced(self, *arguments: Any) -> None:
-        self.launch_arguments(Checks(arguments[0].device, address=lambda _: 0), *arguments)
-
-
-OPERATORS: dict[str, Operator] = {}
-"""By name in ``torch.ops.steerserve``."""
-
-
-def register(
-    schema: str,
-    launch_arguments: Callable[..., tuple[int | float, ...]],
-    workspace_for: Callable[..., tuple[int, int]] | None = None,
-) -> None:
-    """Make ``torch.ops.steerserve.<name>`` of a schema, which declares what the operator writes.
-
-    A plain registration costs 3 µs a call, torch.library.custom_op about 45 µs: as much as a kernel itself.
-    """
-    name = schema[: schema.index("(")]
-    operator = OPERATORS[name] = Operator(name.rstrip("_"), launch_arguments, workspace_for)
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, operator.run_on_cpu, "CPU")
-    _LIBRARY.impl(name, operator.run_on_cuda, "CUDA")
-    torch.library.register_fake(f"steerserve::{name}", operator.check_traced, lib=_LIBRARY)
+        """Torch takes a call with any meta tensor for one that is only traced; one among real tensors is a mistake."""
+        device = arguments[0].device
+        for parameter, value in zip(self._overload._schema.arguments, arguments, strict=True):
+            if isinstance(value, Tensor) and value.device != device:
+                raise ValueError(f"{parameter.name}: is on {value.device}, expected {device} like the first argument")
 
 
 @functools.cache

@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steerserve.kernels.backend import register
-from steerserve.kernels.checks import Checks
+from steerserve.kernels.backend import Operator
 
 
 def head_scale_(z: Tensor, ptr: Tensor, head: Tensor, scale: Tensor, z_norm: Tensor) -> None:
@@ -28,7 +27,7 @@ def head_scale_(z: Tensor, ptr: Tensor, head: Tensor, scale: Tensor, z_norm: Ten
         ValueError: an argument has the wrong shape, strides, device or range; the message names it. Nothing is
             written. On a GPU elements are not looked at: a bad head or scale makes its z_norm NaN and scales nothing.
     """
-    torch.ops.steerserve.head_scale_(z, ptr, head, scale, z_norm)
+    _head_scale(z, ptr, head, scale, z_norm)
 
 
 def head_scale_ref_(z: Tensor, ptr: Tensor, head: Tensor, scale: Tensor, z_norm: Tensor) -> None:
@@ -44,26 +43,6 @@ def head_scale_ref_(z: Tensor, ptr: Tensor, head: Tensor, scale: Tensor, z_norm:
         z[at] = torch.where(factor == 1, z[at], (factor * seen).to(z.dtype))
 
 
-def launch_arguments(
-    check: Checks, z: Tensor, ptr: Tensor, head: Tensor, scale: Tensor, z_norm: Tensor
-) -> tuple[int | float, ...]:
-    """Those of the compiled ``head_scale``, all checked."""
-    num_rows, num_heads, d_head = check.shape("z", z, "N", "H", "d_head")
-    (nnz,) = check.shape("head", head, "nnz")
-    return (
-        *check.rows("z", z, num_rows, num_heads, d_head),
-        num_rows,
-        num_heads,
-        d_head,
-        check.tensor("ptr", ptr, torch.int32, num_rows + 1),
-        check.tensor("head", head, torch.int32, nnz),
-        check.tensor("scale", scale, torch.float32, nnz),
-        nnz,
-        check.tensor("z_norm", z_norm, torch.float32, nnz),
-    )
-
-
-register(
+_head_scale = Operator(
     "head_scale_(Tensor(a!) z, Tensor ptr, Tensor head, Tensor scale, Tensor(b!) z_norm) -> ()",
-    launch_arguments,
 )

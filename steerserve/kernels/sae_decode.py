@@ -5,11 +5,9 @@ The maths is in ``csrc/ops.h``. ``sae_decode`` is the operator, ``sae_decode_ref
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from steerserve.kernels.backend import register
-from steerserve.kernels.checks import Checks
+from steerserve.kernels.backend import Operator
 from steerserve.kernels.sae_encode import SparseFeatures
 
 
@@ -32,7 +30,7 @@ def sae_decode(indices: Tensor, values: Tensor, count: Tensor, W_dec: Tensor, b_
         ValueError: an argument has the wrong shape, strides, device or range; the message names it. Nothing is
             written. On a GPU elements are not looked at: an index outside of ``W_dec`` makes its row NaN.
     """
-    torch.ops.steerserve.sae_decode(indices, values, count, W_dec, b_dec, out)
+    _sae_decode(indices, values, count, W_dec, b_dec, out)
 
 
 def sae_decode_ref(indices: Tensor, values: Tensor, count: Tensor, W_dec: Tensor, b_dec: Tensor, out: Tensor) -> None:
@@ -41,27 +39,6 @@ def sae_decode_ref(indices: Tensor, values: Tensor, count: Tensor, W_dec: Tensor
     out.copy_(f @ W_dec.float() + b_dec)
 
 
-def launch_arguments(
-    check: Checks, indices: Tensor, values: Tensor, count: Tensor, W_dec: Tensor, b_dec: Tensor, out: Tensor
-) -> tuple[int | float, ...]:
-    """Those of the compiled ``sae_decode``, all checked."""
-    num_rows, capacity = check.shape("indices", indices, "B", "capacity")
-    d_sae, d = check.shape("W_dec", W_dec, "d_sae", "d")
-    return (
-        check.tensor("indices", indices, torch.int32, num_rows, capacity),
-        check.tensor("values", values, torch.float32, num_rows, capacity),
-        check.tensor("count", count, torch.int32, num_rows),
-        num_rows,
-        capacity,
-        *check.weights("W_dec", W_dec, d_sae, d),
-        d_sae,
-        check.tensor("b_dec", b_dec, torch.float32, d),
-        *check.rows("out", out, num_rows, d),
-        d,
-    )
-
-
-register(
+_sae_decode = Operator(
     "sae_decode(Tensor indices, Tensor values, Tensor count, Tensor W_dec, Tensor b_dec, Tensor(a!) out) -> ()",
-    launch_arguments,
 )

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steerserve.kernels.backend import register
-from steerserve.kernels.checks import Checks
+from steerserve.kernels.backend import Operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +87,7 @@ def sae_encode(
         ValueError: an argument has the wrong shape, strides, device or range; the message names it. Nothing is
             written.
     """
-    torch.ops.steerserve.sae_encode(x, W_enc, b_enc, threshold, max_norm, k, indices, values, count)
+    _sae_encode(x, W_enc, b_enc, threshold, max_norm, k, indices, values, count)
 
 
 def sae_encode_ref(
@@ -125,51 +124,8 @@ def write_active(
     features.count.copy_(torch.where(norm.isfinite(), active.sum(-1), -1))
 
 
-def check_limits(max_norm: float, k: int, capacity: int) -> None:
-    """Raise ValueError for numbers that no encode accepts."""
-    if max_norm != max_norm:
-        raise ValueError("max_norm: got NaN, expected a number; infinity for no limit")
-    if not 0 <= k <= capacity:
-        raise ValueError(f"k: got {k}, expected 0 for no limit, or at most {capacity}, the capacity of indices")
-
-
-def launch_arguments(
-    check: Checks,
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    max_norm: float,
-    k: int,
-    indices: Tensor,
-    values: Tensor,
-    count: Tensor,
-) -> tuple[int | float, ...]:
-    """Those of the compiled ``sae_encode`` up to its workspace, all checked."""
-    num_rows, d = check.shape("x", x, "B", "d")
-    d_sae, _ = check.shape("W_enc", W_enc, "d_sae", "d")
-    _, capacity = check.shape("indices", indices, "B", "capacity")
-    check_limits(max_norm, k, capacity)
-    return (
-        *check.rows("x", x, num_rows, d),
-        num_rows,
-        d,
-        *check.weights("W_enc", W_enc, d_sae, d),
-        check.tensor("b_enc", b_enc, torch.float32, d_sae),
-        check.tensor("threshold", threshold, torch.float32, d_sae),
-        d_sae,
-        max_norm,
-        k,
-        check.tensor("indices", indices, torch.int32, num_rows, capacity),
-        check.tensor("values", values, torch.float32, num_rows, capacity),
-        capacity,
-        check.tensor("count", count, torch.int32, num_rows),
-    )
-
-
-register(
+_sae_encode = Operator(
     "sae_encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, float max_norm, int k, "
     "Tensor(a!) indices, Tensor(b!) values, Tensor(c!) count) -> ()",
-    launch_arguments,
     workspace_for=lambda x, W_enc, *_: (x.shape[0], W_enc.shape[0]),
 )

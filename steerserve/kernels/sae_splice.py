@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from steerserve.kernels.backend import register
-from steerserve.kernels.checks import Checks
-from steerserve.kernels.sae_encode import SparseFeatures, check_limits, write_active
+from steerserve.kernels.backend import Operator
+from steerserve.kernels.sae_encode import SparseFeatures, write_active
 from steerserve.kernels.steer_delta import Normalization, edit_of, normalization_scales
 
 
@@ -73,7 +72,7 @@ def sae_splice_(
             written. On a GPU elements are not looked at: a bad index or operand makes its activation NaN and edits
             nothing, a bad row or offset gives count −1.
     """
-    torch.ops.steerserve.sae_splice_(
+    _sae_splice(
         x, rows, ptr, feature, op, value, W_enc, b_enc, threshold, W_dec, b_dec, max_norm, normalization, k,
         indices, values, count, activation, edit, x_norm,
     )  # fmt: skip
@@ -125,75 +124,10 @@ def sae_splice_ref_(
     x[rows[changed].long()] = result[changed].to(x.dtype)
 
 
-def launch_arguments(
-    check: Checks,
-    x: Tensor,
-    rows: Tensor,
-    ptr: Tensor,
-    feature: Tensor,
-    op: Tensor,
-    value: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    max_norm: float,
-    normalization: int,
-    k: int,
-    indices: Tensor,
-    values: Tensor,
-    count: Tensor,
-    activation: Tensor,
-    edit: Tensor,
-    x_norm: Tensor,
-) -> tuple[int | float, ...]:
-    """Those of the compiled ``sae_splice`` up to its workspace, all checked."""
-    num_x_rows, d = check.shape("x", x, "N", "d")
-    (num_rows,) = check.shape("rows", rows, "R")
-    (nnz,) = check.shape("feature", feature, "nnz")
-    d_sae, _ = check.shape("W_enc", W_enc, "d_sae", "d")
-    _, capacity = check.shape("indices", indices, "R", "capacity")
-    check_limits(max_norm, k, capacity)
-    if not 0 <= normalization < len(Normalization):
-        raise ValueError(f"normalization: got {normalization}, expected a Normalization")
-    W_enc_address, w_type = check.weights("W_enc", W_enc, d_sae, d)
-    return (
-        *check.rows("x", x, num_x_rows, d),
-        num_x_rows,
-        d,
-        check.tensor("rows", rows, torch.int32, num_rows),
-        num_rows,
-        check.tensor("ptr", ptr, torch.int32, num_rows + 1),
-        check.tensor("feature", feature, torch.int32, nnz),
-        check.tensor("op", op, torch.uint8, nnz),
-        check.tensor("value", value, torch.float32, nnz),
-        nnz,
-        W_enc_address,
-        check.tensor("b_enc", b_enc, torch.float32, d_sae),
-        check.tensor("threshold", threshold, torch.float32, d_sae),
-        check.tensor("W_dec", W_dec, W_enc.dtype, d_sae, d),
-        w_type,
-        check.tensor("b_dec", b_dec, torch.float32, d),
-        d_sae,
-        max_norm,
-        normalization,
-        k,
-        check.tensor("indices", indices, torch.int32, num_rows, capacity),
-        check.tensor("values", values, torch.float32, num_rows, capacity),
-        capacity,
-        check.tensor("count", count, torch.int32, num_rows),
-        check.tensor("activation", activation, torch.float32, nnz),
-        check.tensor("edit", edit, torch.float32, nnz),
-        check.tensor("x_norm", x_norm, torch.float32, num_rows),
-    )
-
-
-register(
+_sae_splice = Operator(
     "sae_splice_(Tensor(a!) x, Tensor rows, Tensor ptr, Tensor feature, Tensor op, Tensor value, Tensor W_enc, "
     "Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec, float max_norm, int normalization, int k, "
     "Tensor(b!) indices, Tensor(c!) values, Tensor(d!) count, Tensor(e!) activation, Tensor(f!) edit, "
     "Tensor(g!) x_norm) -> ()",
-    launch_arguments,
     workspace_for=lambda x, rows, ptr, feature, op, value, W_enc, *_: (rows.shape[0], W_enc.shape[0]),
 )

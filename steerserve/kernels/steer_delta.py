@@ -11,8 +11,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from steerserve.kernels.backend import register
-from steerserve.kernels.checks import Checks
+from steerserve.kernels.backend import Operator
 
 
 class OpCode(IntEnum):
@@ -92,7 +91,7 @@ def steer_delta_(
         ValueError: an argument has the wrong shape, strides or range; the message names it. ``x`` is unchanged.
             On a GPU elements are not looked at: a bad index or operand makes its activation NaN and edits nothing.
     """
-    torch.ops.steerserve.steer_delta_(
+    _steer_delta(
         x, ptr, slot, op, value, score_index, W_enc, b_enc, threshold, max_norm, normalization, W_dec,
         score_ptr, score_threshold, score, activation, edit, x_norm,
     )  # fmt: skip
@@ -168,67 +167,8 @@ def _num_stages(x: Tensor, ptr: Tensor) -> int:
     return (len(ptr) - 1) // len(x) if len(x) else 0
 
 
-def launch_arguments(
-    check: Checks,
-    x: Tensor,
-    ptr: Tensor,
-    slot: Tensor,
-    op: Tensor,
-    value: Tensor,
-    score_index: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    max_norm: Tensor,
-    normalization: Tensor,
-    W_dec: Tensor,
-    score_ptr: Tensor,
-    score_threshold: Tensor,
-    score: Tensor,
-    activation: Tensor,
-    edit: Tensor,
-    x_norm: Tensor,
-) -> tuple[int | float, ...]:
-    """Those of the compiled ``steer_delta``, all checked."""
-    num_rows, d = check.shape("x", x, "N", "d")
-    num_slots, _ = check.shape("W_enc", W_enc, "K", "d")
-    nnz, num_segments, num_scores = slot.numel(), ptr.numel() - 1, score.numel()
-    if num_segments < 0 or (num_segments % num_rows if num_rows else num_segments):
-        raise ValueError(f"ptr: got {ptr.numel()} elements, expected a multiple of the {num_rows} rows of x, plus 1")
-    f32, i32, u8 = torch.float32, torch.int32, torch.uint8
-    W_enc_address, w_type = check.weights("W_enc", W_enc, num_slots, d)
-    return (
-        *check.rows("x", x, num_rows, d),
-        num_rows,
-        d,
-        check.tensor("ptr", ptr, i32, num_segments + 1),
-        _num_stages(x, ptr),
-        check.tensor("slot", slot, i32, nnz),
-        check.tensor("op", op, u8, nnz),
-        check.tensor("value", value, f32, nnz),
-        check.tensor("score_index", score_index, i32, nnz),
-        nnz,
-        W_enc_address,
-        check.tensor("b_enc", b_enc, f32, num_slots),
-        check.tensor("threshold", threshold, f32, num_slots),
-        check.tensor("max_norm", max_norm, f32, num_slots),
-        check.tensor("normalization", normalization, u8, num_slots),
-        check.tensor("W_dec", W_dec, W_enc.dtype, num_slots, d),
-        w_type,
-        num_slots,
-        check.tensor("score_ptr", score_ptr, i32, num_rows + 1),
-        check.tensor("score_threshold", score_threshold, f32, num_scores),
-        check.tensor("score", score, f32, num_scores),
-        num_scores,
-        check.tensor("activation", activation, f32, nnz),
-        check.tensor("edit", edit, f32, nnz),
-        check.tensor("x_norm", x_norm, f32, num_segments),
-    )
-
-
-register(
+_steer_delta = Operator(
     "steer_delta_(Tensor(a!) x, Tensor ptr, Tensor slot, Tensor op, Tensor value, Tensor score_index, Tensor W_enc, "
     "Tensor b_enc, Tensor threshold, Tensor max_norm, Tensor normalization, Tensor W_dec, Tensor score_ptr, "
     "Tensor score_threshold, Tensor(b!) score, Tensor(c!) activation, Tensor(d!) edit, Tensor(e!) x_norm) -> ()",
-    launch_arguments,
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import steerserve
 from steerserve.kernels import head_scale, sae_decode, sae_encode, sae_splice, steer_delta
+from steerserve.kernels.backend import Operator
 from steerserve.kernels.sae_encode import SparseFeatures
 from steerserve.kernels.steer_delta import Normalization, OpCode
 
@@ -32,6 +33,13 @@ REFERENCES: dict[str, Callable[..., None]] = {
     "sae_decode": sae_decode.sae_decode_ref,
     "sae_splice_": sae_splice.sae_splice_ref_,
     "head_scale_": head_scale.head_scale_ref_,
+}
+OPERATORS: dict[str, Operator] = {
+    "steer_delta_": steer_delta._steer_delta,
+    "sae_encode": sae_encode._sae_encode,
+    "sae_decode": sae_decode._sae_decode,
+    "sae_splice_": sae_splice._sae_splice,
+    "head_scale_": head_scale._head_scale,
 }
 
 

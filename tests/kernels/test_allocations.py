@@ -37,25 +37,20 @@ PROBE = """
 import ctypes, itertools, json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
-from kernel_cases import decode_call, encode_call, head_call, splice_call, steer_call
-from steerserve.kernels.backend import OPERATORS
-from steerserve.kernels.checks import Checks
+from kernel_cases import OPERATORS, decode_call, encode_call, head_call, splice_call, steer_call
 from steerserve.kernels.native import C
 
 allocations = ctypes.CDLL(None).allocations
 allocations.restype = ctypes.c_long
 NUM_CALLS = 5
 
-def launch(call):
+def count(call, num_threads):
     operator = OPERATORS[call.name]
-    numbers = operator.launch_arguments(Checks(torch.device("cpu")), *call.arguments.values())
     workspace = (0,) if operator.workspace_for else ()
-    return getattr(C, operator.kernel), (*numbers, *workspace)
-
-def count(kernel, numbers, num_threads):
+    kernel, arguments = getattr(C, operator.kernel), (*call.arguments.values(), *workspace, num_threads)
     before = allocations()
     for _ in itertools.repeat(None, NUM_CALLS):
-        kernel(*numbers, num_threads)
+        kernel(*arguments)
     return allocations() - before
 
 def make_calls(num_rows, dtype):
@@ -75,13 +70,12 @@ for level in C.supported_simd_levels():
     C.set_simd_level(level)
     for dtype, num_rows, num_threads in itertools.product((torch.float32, torch.bfloat16), (1, 17), (1, 2)):
         for busy, idle in zip(make_calls(num_rows, dtype), make_calls(0, dtype), strict=True):
-            (kernel, numbers), (_, nothing) = launch(busy), launch(idle)
-            first = count(kernel, numbers, num_threads)  # the first of them grows the scratch
+            first = count(busy, num_threads)  # the first of them grows the scratch
             print(json.dumps({
                 "call": [busy.name, busy.arguments.get("k"), level, str(dtype), num_rows, num_threads],
                 "first": first,
-                "busy": count(kernel, numbers, num_threads),
-                "idle": count(kernel, nothing, num_threads),
+                "busy": count(busy, num_threads),
+                "idle": count(idle, num_threads),
             }))
 """
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_cases import (
     KERNELS,
+    OPERATORS,
     REFERENCES,
     Call,
     assert_same_bits,
@@ -235,9 +236,9 @@ def test_the_gpu_path_launches_what_the_cpu_path_launches(name: str, monkeypatch
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=1234))
     call = MAKERS[name]([3, 0, 2], 64, dtype=torch.float32, w_dtype=torch.float32)[0]
     done = call.copy()
-    backend.OPERATORS[name].run_on_cuda(*done.arguments.values())
+    OPERATORS[name].run_on_cuda(*done.arguments.values())
     assert_same_written(done, call.run())
-    assert sizes == ([(3, 200)] if backend.OPERATORS[name].workspace_for else [])
+    assert sizes == ([(3, 200)] if OPERATORS[name].workspace_for else [])
 
 
 def test_a_build_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

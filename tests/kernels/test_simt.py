@@ -41,7 +41,7 @@ CANARIES = {
     ("shuffle_from_returned_lane", "plain"): "lane 31 is read but does not take part",
     ("lane_outside_its_mask", "plain"): "not in its own mask: __ballot_sync",
     ("barrier_in_a_branch", "plain"): "deadlock.*__syncthreads.*__syncthreads",
-    ("returned_before_barrier", "plain"): "32 threads have returned before __syncthreads",
+    ("returned_before_barrier", "plain"): "480 threads have returned before __syncthreads",
     ("unguarded_histogram", "tsan"): "data race",
     ("uninitialized_shared", "plain"): "wrong result",
     ("shared_overrun", "asan"): "heap-buffer-overflow",

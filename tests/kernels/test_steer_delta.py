@@ -355,10 +355,12 @@ def test_a_bad_argument_is_named_and_nothing_is_written(problem: str) -> None:
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
 
-def test_another_device_is_refused() -> None:
-    arguments = steer_case([3, 3]).tensors
-    with pytest.raises(NotImplementedError, match="steer_delta_"):
-        steer_delta_(arguments[0].to_sparse(), *arguments[1:])
+def test_what_is_no_strided_tensor_is_refused() -> None:
+    x, *others = steer_case([3, 3]).tensors
+    with pytest.raises(ValueError, match=r"^x: got torch\.sparse_coo tensor on cpu, expected a strided tensor"):
+        steer_delta_(x.to_sparse(), *others)
+    with pytest.raises(TypeError, match=r"^ptr: got numpy\.ndarray, expected a torch\.Tensor"):
+        steer_delta_(x, others[0].numpy(), *others[1:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

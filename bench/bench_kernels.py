@@ -1,6 +1,6 @@
 """Every kernel on this machine's CPU against what one would use instead, all in one run.
 
-Calls of a case alternate, so that whatever else the machine does falls on all of them. Columns:
+Calls of a case take turns in random order, so that whatever else the machine does falls on all of them. Columns:
 
     µs ± IQR    median time of one call of ours, and the spread of its middle half
     GB/s        bytes that the call has to read and write, each once, over the median
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,7 @@ NUM_ACTIVE = 64
 CAPACITY = 512
 READ_BYTES = 2_000_000_000
 """More than four times the last-level cache of any machine we know."""
-SECONDS_PER_CASE = 2.0
+SECONDS_PER_CASE = 1.0
 
 Call = Callable[[], object]
 
@@ -284,16 +285,16 @@ def cases(quick: bool, only: str) -> Iterator[Case]:
 
 
 def timed(calls: list[Call]) -> list[list[float]]:
-    """Seconds of each call, in alternating order."""
+    """Seconds of each call, in an order drawn anew each round: what ran before decides what is in cache and awake."""
     for call in calls:
         call()
     times: list[list[float]] = [[] for _ in calls]
     stop = time.perf_counter() + SECONDS_PER_CASE
     while len(times[0]) < 5 or (time.perf_counter() < stop and len(times[0]) < 200):
-        for call, seconds in zip(calls, times, strict=True):
+        for which in random.sample(range(len(calls)), len(calls)):
             start = time.perf_counter()
-            call()
-            seconds.append(time.perf_counter() - start)
+            calls[which]()
+            times[which].append(time.perf_counter() - start)
     return times
 
 

@@ -15,14 +15,16 @@ inline int team_size(int64_t num_multiply_adds, int num_threads) {
   return num_multiply_adds < kMinWorkForThreads ? 1 : num_threads;
 }
 
-// body(task, thread) for every task below `num_tasks`, in any order. Tasks are handed out one by one: rows are unequal.
+// body(task, thread) for every task below `num_tasks`. Tasks are unequal, so they are handed out in small batches of
+// neighbours, which a thread does in order.
 template <class Body>
 void for_each(int64_t num_tasks, int team, Body body) {
   if (team == 1) {  // the runtime would allocate a team even for one thread
     for (int64_t task = 0; task < num_tasks; ++task) body(task, 0);
     return;
   }
-#pragma omp parallel for schedule(dynamic, 1) num_threads(team)
+  const int64_t batch = std::max<int64_t>(num_tasks / (16 * team), 1);
+#pragma omp parallel for schedule(dynamic, batch) num_threads(team)
   for (int64_t task = 0; task < num_tasks; ++task) body(task, omp_get_thread_num());
 }
 

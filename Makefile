@@ -29,7 +29,7 @@ bench: $(STAMP)
 	for bench in bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done
 
 clean:
-	rm -rf .venv build dist *.egg-info steerserve/v1 steerserve/kernels/_C.*.so
+	rm -rf .venv build dist *.egg-info steerserve/v1 steerserve/kernels/_*.so
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -5,7 +5,7 @@
 // the storage type, and a result is rounded once, when it is stored. ReLU, JumpReLU, BatchTopK (with its saved
 // threshold) and Gated (folded) are all "pre if pre > threshold else 0"; TopK is the k largest of those above 0.
 //
-// Arguments are raw addresses, checked by the Python wrapper for type, shape and strides. Indices and operands lie in
+// Arguments are raw addresses, checked by bind_ops.h for type, shape and strides. Indices and operands lie in
 // memory that only the backend reads at call time: a CPU backend checks them first and throws std::invalid_argument,
 // a CUDA backend, which cannot, reports the entry as NaN and edits nothing.
 #pragma once
@@ -95,8 +95,9 @@ struct SteerDeltaArgs {
 //
 // Row n gets its active features in ascending order of index: indices[n, :count[n]] and values. Of equal values the
 // one with the lower index is larger. count is the true number even where it exceeds the capacity; then the first
-// `capacity` are stored, and the caller must not use the row as complete. A row whose |x| is not finite has count −1.
-// What lies beyond a row's count is not written.
+// `capacity` are stored, and the caller must not use the row as complete. A row whose |x| is not finite has count −1,
+// and so has one with a NaN among its pre_j or t_j: a broken bank must not look like silence. What lies beyond a row's
+// count is not written.
 struct SaeEncodeArgs {
   const void* x;  // [num_rows, d]
   DType x_type;
@@ -104,7 +105,7 @@ struct SaeEncodeArgs {
   const void* W_enc;  // [d_sae, d]
   DType w_type;
   const float* b_enc;      // [d_sae]
-  const float* threshold;  // [d_sae], not NaN
+  const float* threshold;  // [d_sae]
   int64_t d_sae;
   float max_norm;
   int64_t k;         // 0: no limit; else at most capacity

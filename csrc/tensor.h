@@ -51,6 +51,7 @@ struct DLPackExchangeAPI {
 struct TensorInterface {
   PyTypeObject* type = nullptr;
   const DLPackExchangeAPI* api = nullptr;
+  PyObject* is_neg = nullptr;  // the method's name
 
   static TensorInterface& instance() {
     static TensorInterface interface;
@@ -63,7 +64,8 @@ struct TensorInterface {
     if (!api) throw pybind11::error_already_set();
     if (static_cast<DLPackExchangeAPI*>(api)->major != 1)
       throw pybind11::import_error("torch's DLPack is not version 1");
-    instance() = {reinterpret_cast<PyTypeObject*>(tensor_type.inc_ref().ptr()), static_cast<DLPackExchangeAPI*>(api)};
+    instance() = {reinterpret_cast<PyTypeObject*>(tensor_type.inc_ref().ptr()), static_cast<DLPackExchangeAPI*>(api),
+                  PyUnicode_InternFromString("is_neg")};
   }
 };
 
@@ -87,8 +89,10 @@ inline std::string dtype_name(DLDataType type) {
       return "torch.bfloat" + std::to_string(type.bits);
     case 5:
       return "torch.complex" + std::to_string(type.bits);
-    default:
+    case 6:
       return "torch.bool";
+    default:
+      return "a " + std::to_string(type.bits) + "-bit dtype";
   }
 }
 
@@ -114,13 +118,15 @@ class Tensor {
     if (!PyObject_TypeCheck(object.ptr(), torch.type))
       throw pybind11::type_error(std::string(name) + ": got " + Py_TYPE(object.ptr())->tp_name +
                                  ", expected a torch.Tensor");
-    if (torch.api->view(object.ptr(), &view_)) {
-      PyErr_Clear();
+    const bool is_readable = torch.api->view(object.ptr(), &view_) == 0;
+    if (!is_readable) PyErr_Clear();
+    if (!is_readable || (!view_.data && numel()))
       wrong(name,
             pybind11::str(object.attr("layout")).cast<std::string>() + " tensor on " +
-                pybind11::str(object.attr("device")).cast<std::string>(),
-            "a strided tensor with memory of its own");
-    }
+                pybind11::str(object.attr("device")).cast<std::string>() + " that cannot be read",
+            "a plain strided tensor with memory of its own");
+    if (view_.dtype.code == 2 && is_negated(object, torch))
+      wrong(name, "a view of negated memory", "memory that holds the values themselves, as resolve_neg() gives");
   }
 
   const char* name() const { return name_; }
@@ -188,6 +194,14 @@ class Tensor {
   }
 
  private:
+  // Such a view's address does not tell that its values are the negatives of what lies there.
+  static bool is_negated(pybind11::handle object, const TensorInterface& torch) {
+    const auto answer =
+        pybind11::reinterpret_steal<pybind11::object>(PyObject_CallMethodNoArgs(object.ptr(), torch.is_neg));
+    if (!answer) throw pybind11::error_already_set();
+    return answer.ptr() == Py_True;
+  }
+
   int64_t count(int first) const {
     int64_t product = 1;
     for (int axis = first; axis < view_.ndim; ++axis) product *= view_.shape[axis];

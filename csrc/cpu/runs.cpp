@@ -65,6 +65,10 @@ Run Runs::open(int64_t panel, int64_t row) {
 }
 
 void Runs::close(int64_t panel, int64_t row, int64_t num_found) {
+  if (num_found < 0 || num_found_[row] < 0) {
+    num_found_[row] = -1;
+    return;
+  }
   if (k_) {
     runs_[row].count += num_found;
     return;
@@ -78,6 +82,10 @@ void Runs::close(int64_t panel, int64_t row, int64_t num_found) {
 
 RowOfRuns::RowOfRuns(const Runs* const* team, int num_threads, int64_t row)
     : team_(team), num_threads_(num_threads), row_(row) {}
+
+bool RowOfRuns::is_broken() const {
+  return std::any_of(team_, team_ + num_threads_, [this](const Runs* runs) { return runs->num_found_[row_] < 0; });
+}
 
 int64_t RowOfRuns::store(int64_t capacity, int32_t* indices, float* values) const {
   int64_t num_found = 0, num_stored = 0;

@@ -32,7 +32,7 @@ class Runs {
   // Where the next features of a row go, those of a panel; there is room for all of them.
   Run open(int64_t panel, int64_t row);
 
-  // The first `num_found` places of the run opened last have been filled.
+  // The first `num_found` places of the run opened last have been filled; −1: what the row has there is not known.
   void close(int64_t panel, int64_t row, int64_t num_found);
 
  private:
@@ -41,7 +41,7 @@ class Runs {
   Scratch& scratch_;
   int64_t num_rows_, panel_size_, k_, capacity_, runs_per_row_;
   float* floors_;       // [num_rows]
-  int64_t* num_found_;  // [num_rows]
+  int64_t* num_found_;  // [num_rows], −1 if not known
   Run* runs_;           // [runs_per_row, num_rows]
   Run free_ = {};       // places for runs to come
   float* sort_;         // values being ordered, if there is a k
@@ -51,6 +51,9 @@ class Runs {
 class RowOfRuns {
  public:
   RowOfRuns(const Runs* const* team, int num_threads, int64_t row);
+
+  // Some feature could not be told.
+  bool is_broken() const;
 
   // Stores the first `capacity` features, ascending. Returns how many there are.
   int64_t store(int64_t capacity, int32_t* indices, float* values) const;

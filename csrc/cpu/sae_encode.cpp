@@ -3,8 +3,11 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
+#include <new>
+#include <optional>
 
 #include "cpu/kernels.h"
 #include "cpu/launch.h"
@@ -54,24 +57,45 @@ class Encoder {
   void run(int thread, int team) {
     Scratch& scratch = Scratch::of_this_thread();
     const Scratch::Frame frame(scratch);
-    pack(thread, team, scratch.take<float>(args_.d));
+    std::optional<Runs> found;
+    attempt([&] { pack(thread, team, scratch.take<float>(args_.d)); });
     wait(team);
-    const int64_t begin = first_feature(thread, team), end = first_feature(thread + 1, team);
-    const int64_t num_panels = (end - begin + batch_.panel_size - 1) / batch_.panel_size;
-    Runs found(scratch, args_.num_rows, num_panels, batch_.panel_size, args_.k, args_.capacity);
-    for (int64_t row = 0; row < args_.num_rows; ++row)
-      if (!is_inside(row)) found.exclude(row);
-    kernel_.encode(batch_, begin, end, scratch.take<float>(kernel_.row_group * batch_.panel_size), found);
-    runs_[thread] = &found;
+    attempt([&] { encode(thread, team, scratch, found); });
     wait(team);
-    for (int64_t row = thread; row < args_.num_rows; row += team) store(row, team);
+    attempt([&] {
+      for (int64_t row = thread; row < args_.num_rows; row += team) store(row, team);
+    });
     wait(team);  // the others read what this one found
   }
+
+  // Some thread had no memory; nothing it found is complete.
+  bool has_failed() const { return has_failed_; }
 
  private:
   static void wait(int team) {
     if (team == 1) return;
 #pragma omp barrier
+  }
+
+  // An exception must not leave a parallel region, nor one thread miss a barrier.
+  template <class Phase>
+  void attempt(Phase phase) {
+    if (has_failed_) return;
+    try {
+      phase();
+    } catch (const std::bad_alloc&) {
+      has_failed_ = true;
+    }
+  }
+
+  void encode(int thread, int team, Scratch& scratch, std::optional<Runs>& found) {
+    const int64_t begin = first_feature(thread, team), end = first_feature(thread + 1, team);
+    const int64_t num_panels = (end - begin + batch_.panel_size - 1) / batch_.panel_size;
+    found.emplace(scratch, args_.num_rows, num_panels, batch_.panel_size, args_.k, args_.capacity);
+    for (int64_t row = 0; row < args_.num_rows; ++row)
+      if (!is_inside(row)) found->exclude(row);
+    kernel_.encode(batch_, begin, end, scratch.take<float>(kernel_.row_group * batch_.panel_size), *found);
+    runs_[thread] = &*found;
   }
 
   bool is_inside(int64_t row) const { return std::isfinite(stats_[row].norm) && stats_[row].norm <= args_.max_norm; }
@@ -91,9 +115,10 @@ class Encoder {
     int32_t* indices = args_.indices + row * args_.capacity;
     float* values = args_.values + row * args_.capacity;
     const RowOfRuns found(runs_, team, row);
-    const int64_t count =
-        args_.k ? found.store_largest(args_.k, indices, values) : found.store(args_.capacity, indices, values);
-    args_.count[row] = std::isfinite(stats_[row].norm) ? static_cast<int32_t>(count) : -1;
+    int64_t count = -1;
+    if (std::isfinite(stats_[row].norm) && !found.is_broken())
+      count = args_.k ? found.store_largest(args_.k, indices, values) : found.store(args_.capacity, indices, values);
+    args_.count[row] = static_cast<int32_t>(count);
   }
 
   const SaeEncodeArgs& args_;
@@ -104,6 +129,7 @@ class Encoder {
   void* packed_;
   EncodeBatch batch_;
   const Runs** runs_;  // of each thread
+  std::atomic<bool> has_failed_{false};
 };
 
 }  // namespace
@@ -114,9 +140,13 @@ void encode_rows(const SaeEncodeArgs& args, const int32_t* rows, Normalization n
   const Scratch::Frame frame(scratch);
   const int team = team_size(args.num_rows * args.d_sae * args.d, num_threads);
   Encoder encoder(args, rows, normalization, stats, team, scratch);
-  if (team == 1) return encoder.run(0, 1);  // the runtime would allocate a team even for one thread
+  if (team == 1) {  // the runtime would allocate a team even for one thread
+    encoder.run(0, 1);
+  } else {
 #pragma omp parallel num_threads(team)
-  encoder.run(omp_get_thread_num(), omp_get_num_threads());
+    encoder.run(omp_get_thread_num(), omp_get_num_threads());
+  }
+  if (encoder.has_failed()) throw std::bad_alloc();
 }
 
 void launch(const SaeEncodeArgs& args, int num_threads) {

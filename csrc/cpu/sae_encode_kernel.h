@@ -40,18 +40,22 @@ V load_at_most(const float* p, int64_t count) {
   return count < V::width ? V::load(p, count) : V::load(p);
 }
 
-// Writes to `run` the active ones of the `count` features from `first`, given their products with a row. Places past
-// `count` read as a pre-activation of 0 at a threshold of 0, which is not active.
+// Writes to `run` the active ones of the `count` features from `first`, given their products with a row. Returns how
+// many, or −1 if some feature can not be told. Places past `count` read as a pre-activation of 0 at a threshold of 0,
+// which is not active.
 template <class V>
 int64_t select_active(const SaeEncodeArgs& args, const float* product, float inverse_scale, float floor, int64_t first,
                       int64_t count, const Run& run) {
   int64_t num_found = 0;
+  uint32_t unknown = 0;
   const V scale = V::splat(inverse_scale), lowest = V::splat(floor);
   for (int64_t j = 0; j < count; j += V::width) {
     const int64_t rest = count - j;
     const V bias = load_at_most<V>(args.b_enc + first + j, rest);
     const V pre = multiply_add(load_at_most<V>(product + j, rest), scale, bias);
-    uint32_t active = greater(pre, load_at_most<V>(args.threshold + first + j, rest)) & greater(pre, lowest);
+    const V threshold = load_at_most<V>(args.threshold + first + j, rest);
+    unknown |= unordered(pre, threshold);
+    uint32_t active = greater(pre, threshold) & greater(pre, lowest);
     if (!active) continue;
     float lanes[V::width];
     pre.store(lanes);
@@ -61,7 +65,7 @@ int64_t select_active(const SaeEncodeArgs& args, const float* product, float inv
       run.values[num_found++] = lanes[lane];
     }
   }
-  return num_found;
+  return unknown ? -1 : num_found;
 }
 
 // Hands a finished tile [num_rows, panel_size] to the runs.

@@ -5,9 +5,9 @@
 // std:: template) may be emitted there with AVX instructions and then be chosen by the linker for everyone.
 // Hence the anonymous namespace, and no standard library in kernel headers.
 //
-// Memory holds float or bfloat16; arithmetic is float: load widens. Bit i of greater(a, b) tells whether a[i] > b[i].
-// load(p, count) reads the first `count` < width elements and sets the others to zero; store(p, count) likewise
-// writes only those. Neither touches memory beyond them.
+// Memory holds float or bfloat16; arithmetic is float: load widens. Bit i of greater(a, b) tells whether a[i] > b[i],
+// of unordered(a, b) whether either is NaN. load(p, count) reads the first `count` < width elements and sets the others
+// to zero; store(p, count) likewise writes only those. Neither touches memory beyond them.
 #pragma once
 
 #include <cstdint>
@@ -85,6 +85,7 @@ struct VecScalar {
   friend VecScalar operator+(VecScalar a, VecScalar b) { return {a.v + b.v}; }
   friend VecScalar multiply_add(VecScalar a, VecScalar b, VecScalar c) { return {a.v * b.v + c.v}; }
   friend uint32_t greater(VecScalar a, VecScalar b) { return a.v > b.v; }
+  friend uint32_t unordered(VecScalar a, VecScalar b) { return __builtin_isunordered(a.v, b.v); }
 };
 
 #if defined(__AVX2__)
@@ -112,6 +113,9 @@ struct VecAvx2 {
   }
   friend VecAvx2 operator+(VecAvx2 a, VecAvx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend VecAvx2 multiply_add(VecAvx2 a, VecAvx2 b, VecAvx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  friend uint32_t unordered(VecAvx2 a, VecAvx2 b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)));
+  }
   friend uint32_t greater(VecAvx2 a, VecAvx2 b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
   }
@@ -139,6 +143,7 @@ struct VecAvx512 {
   friend VecAvx512 operator+(VecAvx512 a, VecAvx512 b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend VecAvx512 multiply_add(VecAvx512 a, VecAvx512 b, VecAvx512 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend uint32_t greater(VecAvx512 a, VecAvx512 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  friend uint32_t unordered(VecAvx512 a, VecAvx512 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }
 
  private:
   static VecAvx512 widened(__m256i bf16) {

@@ -51,7 +51,8 @@ int device_count() {
 std::optional<std::string> unavailable_reason() {
   int count;
   const cudaError_t error = count_devices(&count);
-  if (error != cudaSuccess) return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+  if (error != cudaSuccess)
+    return std::string("no CUDA device: ") + cudaGetErrorName(error) + ", " + cudaGetErrorString(error);
   if (count == 0) return "no CUDA device";
   return std::nullopt;
 }

@@ -266,7 +266,10 @@ __device__ inline float edit_of(uint8_t op, float f, float value) {
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t bytes) {
   if (bytes <= 40 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
+  return error;
 }
 
 // Calls `launch` with a Weights<W, V> for the weight type, and for 16-byte loads where `base` addresses and d allow.

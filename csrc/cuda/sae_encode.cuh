@@ -208,9 +208,11 @@ __device__ void store_active(const EncodeRows& args, const float* products) {
     const float scale = args.scale ? args.scale[first + row] : 1.0f;
     const int product = (lane / kFeaturesPerWarp * R + row) * kFeaturesPerWarp + lane % kFeaturesPerWarp;
     const float value = products[product] / scale + bias;
-    const unsigned active = __ballot_sync(kAllLanes, value > threshold);
+    const bool passes = exists && !(value <= threshold);
+    const unsigned active = __ballot_sync(kAllLanes, passes);
     const int64_t target = (first + row) * args.num_words + word;
-    if (value > threshold) args.pre[target * 32 + lane] = value;
+    // A NaN goes along: it tells finish_row that the row is broken.
+    if (passes) args.pre[target * 32 + lane] = value > threshold ? value : NAN;
     if (lane == 0) args.active[target] = active;
   }
 }
@@ -399,6 +401,18 @@ __device__ inline int emit(const EncodeRows& args, int64_t i, const ActiveFeatur
   return total;
 }
 
+// Whether a feature of the row is NaN. For a whole block.
+__device__ inline bool has_nan(const ActiveFeatures& row) {
+  bool found = false;
+  for (int word = row.own_begin; word < row.own_end; ++word) {
+    for (unsigned bits = row.words[word]; bits; bits &= bits - 1) {
+      const float value = row.pre[word * 32 + __ffs(bits) - 1];
+      found |= value != value;
+    }
+  }
+  return __syncthreads_or(found);
+}
+
 // Makes sparse row i, unless it is `broken` already, and returns its count; `norm` becomes |x|. For a whole block.
 __device__ inline int finish_row(const EncodeRows& args, int64_t i, bool broken, float* norm) {
   SHARED_ARRAY(float, norm_partial, kFinishWarps);
@@ -413,9 +427,9 @@ __device__ inline int finish_row(const EncodeRows& args, int64_t i, bool broken,
     *norm = row_norm<kFinishThreads>(static_cast<int>(args.d), norm_partial, at);
   }
   if (is_finite(*norm)) {
-    count = 0;
-    if (*norm <= args.max_norm) {
-      const ActiveFeatures row = active_features(args, i);
+    const ActiveFeatures row = active_features(args, i);
+    count = has_nan(row) ? -1 : 0;
+    if (count == 0 && *norm <= args.max_norm) {
       if (args.k > 0) keep_largest(row, static_cast<int>(args.k), {histogram, partial, found});
       count = emit(args, i, row, partial);
     }

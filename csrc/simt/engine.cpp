@@ -399,7 +399,7 @@ cudaError_t cudaGetLastError() { return std::exchange(simt::machine().error, cud
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value > static_cast<int>(simt::kMaxSharedBytes))
-    return cudaErrorInvalidValue;
+    return simt::machine().error = cudaErrorInvalidValue;
   simt::machine().limits[kernel] = {static_cast<size_t>(value)};
   return cudaSuccess;
 }

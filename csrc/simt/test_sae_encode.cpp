@@ -190,6 +190,18 @@ void test_broken_rows() {
       c.x.set(0, kNaN), c.x.set(81, kInfinity), c.x.set(121, -kInfinity), c.x.set(122, kInfinity);
       run_and_check(c);
     }
+  begin_test("a NaN among the weights, biases or thresholds breaks every row");
+  for (const int k : {0, 3})
+    for (const int which : {0, 1, 2}) {
+      Case broken = make_case({2, 40, 64, k, 64});
+      if (which == 0) broken.encoder.W_enc.set(40 * 33 + 5, kNaN);
+      if (which == 1) broken.encoder.b_enc[33] = static_cast<float>(kNaN);
+      if (which == 2) broken.encoder.threshold[33] = static_cast<float>(kNaN);
+      const Case after = run(broken);
+      for (int n = 0; n < 2; ++n)
+        check_sparse_row(n, 64, false, {}, after.indices.begin() + 64 * n, after.values.begin() + 64 * n,
+                         after.count[n], 0);
+    }
   begin_test("a row whose norm overflows float32");
   Case c = make_case({2, 8, 16, 0, 16});
   for (int i = 0; i < 8; ++i) c.x.set(i, 3e38);

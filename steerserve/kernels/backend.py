@@ -16,14 +16,16 @@ from torch import Tensor
 
 from steerserve.kernels.native import C
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LIBRARY = torch.library.Library("steerserve", "FRAGMENT")
 
 
 class Operator:
     """``torch.ops.steerserve.<name>``, made from its schema, which declares what the operator writes.
 
-    Called with plain CPU tensors outside of a trace it goes straight to the compiled launch: torch's dispatcher and
-    Python would cost several times as much as a small launch itself, and more still in cold caches.
+    Called on the CPU with nothing of torch watching (no trace, no dispatch mode, no tensor subclass) it goes straight
+    to the compiled launch: torch's dispatcher would cost several times as much as a small launch itself, and more
+    still in cold caches.
 
     Args:
         workspace_for: of an operator that has a workspace, the (num_rows, d_sae) that size it on a GPU.
@@ -40,16 +42,20 @@ class Operator:
         _LIBRARY.impl(self.name, self.run_on_cuda, "CUDA")
         torch.library.register_fake(f"steerserve::{self.name}", self.check_traced, lib=_LIBRARY)
         self._overload = getattr(torch.ops.steerserve, self.name).default
+        parameters = enumerate(self._overload._schema.arguments)
+        self._written = [place for place, each in parameters if each.alias_info and each.alias_info.is_write]
 
     def __call__(self, *arguments: Any) -> None:
         first = arguments[0]
-        if torch.compiler.is_compiling() or type(first) is not Tensor or not first.is_cpu:
+        if torch.compiler.is_compiling() or _is_watched(first):
             self._overload(*arguments)
         else:
             self.run_on_cpu(*arguments)
 
     def run_on_cpu(self, *arguments: Any) -> None:
         """Launch on torch's number of threads."""
+        if torch.is_grad_enabled():
+            self._refuse_gradients(arguments)
         self._launch_on_cpu(*arguments, *self._no_workspace, torch.get_num_threads())
 
     def run_on_cuda(self, *arguments: Any) -> None:
@@ -63,12 +69,26 @@ class Operator:
                 workspace = (torch.empty(num_bytes, dtype=torch.uint8, device=device).data_ptr(),)
             getattr(cuda, self.kernel)(*arguments, *workspace, torch.cuda.current_stream(device).cuda_stream)
 
+    def _refuse_gradients(self, arguments: tuple[Any, ...]) -> None:
+        """The operators have none: an edit that autograd does not see would make those of others wrong."""
+        for place in self._written:
+            if isinstance(arguments[place], Tensor) and arguments[place].requires_grad:
+                name = self._overload._schema.arguments[place].name
+                raise ValueError(f"{name}: requires grad, expected torch.no_grad() or a tensor that does not")
+
     def check_traced(self, *arguments: Any) -> None:
         """Torch takes a call with any meta tensor for one that is only traced; one among real tensors is a mistake."""
         device = arguments[0].device
         for parameter, value in zip(self._overload._schema.arguments, arguments, strict=True):
             if isinstance(value, Tensor) and value.device != device:
                 raise ValueError(f"{parameter.name}: is on {value.device}, expected {device} like the first argument")
+
+
+def _is_watched(first: object) -> bool:
+    """What is no tensor at all goes to the launch too, which says so."""
+    if torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
+        return True
+    return isinstance(first, Tensor) and (type(first) not in _PLAIN or not first.is_cpu)
 
 
 @functools.cache

@@ -27,8 +27,8 @@ class SparseFeatures:
     values: Tensor
     """``[B, capacity]`` float32."""
     count: Tensor
-    """``[B]`` int32. −1: the activation is not finite. Above the capacity: the true number, of which the first
-    ``capacity`` are stored."""
+    """``[B]`` int32. −1: the activation is not finite, or a weight or threshold is NaN. Above the capacity: the true
+    number, of which the first ``capacity`` are stored."""
 
     @classmethod
     def empty(cls, num_rows: int, capacity: int, device: torch.device | str = "cpu") -> SparseFeatures:
@@ -74,7 +74,7 @@ def sae_encode(
         x: ``[B, d]`` float32 or bfloat16 (float16 too on a GPU), rows contiguous.
         W_enc: ``[d_sae, d]`` float32 or bfloat16, one feature a row: the transpose of what SAELens stores.
         b_enc: ``[d_sae]`` float32, with b_dec folded in where the SAE subtracts it from x.
-        threshold: ``[d_sae]`` float32, not NaN; 0 for ReLU.
+        threshold: ``[d_sae]`` float32; 0 for ReLU.
         max_norm: the largest |x| that the SAE is defined on; infinity for no limit.
         k: 0 for no limit, else at most the capacity: the SAE is a TopK.
         indices: ``[B, capacity]`` int32. Written with ``values`` and ``count``: the fields of ``SparseFeatures``.
@@ -111,7 +111,8 @@ def write_active(
     pre: Tensor, norm: Tensor, threshold: Tensor, max_norm: float, k: int, features: SparseFeatures
 ) -> None:
     """Select from dense ``pre`` ``[B, d_sae]`` of rows of ``norm`` ``[B]`` and write what is active."""
-    active = (pre > threshold) & (norm <= max_norm)[:, None] & norm.isfinite()[:, None]
+    known = norm.isfinite() & ~(pre.isnan() | threshold.isnan()).any(-1)
+    active = (pre > threshold) & ((norm <= max_norm) & known)[:, None]
     if k:
         ranked = torch.where(active, pre, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
         active &= torch.zeros_like(active).scatter_(1, ranked[:, :k], True)
@@ -121,7 +122,7 @@ def write_active(
     row, index, place = row[fits], index[fits], place[fits]
     features.indices[row, place] = index.int()
     features.values[row, place] = pre[row, index]
-    features.count.copy_(torch.where(norm.isfinite(), active.sum(-1), -1))
+    features.count.copy_(torch.where(known, active.sum(-1), -1))
 
 
 _sae_encode = Operator(

@@ -27,6 +27,7 @@ from kernel_cases import (
     KERNELS,
     REFERENCES,
     Call,
+    assert_same_bits,
     decode_call,
     encode_call,
     head_call,
@@ -34,6 +35,8 @@ from kernel_cases import (
     steer_call,
 )
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from steerserve.kernels.native import C
 
@@ -265,7 +268,13 @@ RULES: list[tuple[Call, str, Any, type[Exception], str]] = [
     (ENCODE, "x", ENCODE.x[:1].expand(3, -1), ValueError, "x: got strides (0, 1), expected contiguous rows"),
     (ENCODE, "W_enc", ENCODE.W_enc.T, ValueError, "W_enc: got shape (64, 77), expected (64, 64)"),
     (ENCODE, "W_enc", ENCODE.W_enc.T.contiguous().T, ValueError, "W_enc: got strides (1, 77), expected a contiguous"),
-    (ENCODE, "W_enc", ENCODE.W_enc.to("meta"), ValueError, "W_enc: got torch.strided tensor on meta, expected"),
+    (
+        ENCODE,
+        "W_enc",
+        ENCODE.W_enc.to("meta"),
+        ValueError,
+        "W_enc: got torch.strided tensor on meta that cannot be read",
+    ),
     (ENCODE, "threshold", ENCODE.threshold.bfloat16(), TypeError, "threshold: got torch.bfloat16, expected torch.fl"),
     (ENCODE, "max_norm", torch.nan, ValueError, "max_norm: got NaN, expected a number"),
     (ENCODE, "k", 10, ValueError, "k: got 10, expected 0 for no limit, or at most 9, the capacity of indices"),
@@ -311,6 +320,80 @@ def test_a_call_without_memory_is_traced_and_half_of_one_refused(call: Call) -> 
     for mixed in (traced.replaced(**{last: call.arguments[last]}), call.replaced(**{last: traced.arguments[last]})):
         with pytest.raises(ValueError, match=f"^{last}: "):
             KERNELS[call.name](*mixed.arguments.values())
+
+
+def freed(tensor: Tensor) -> Tensor:
+    """The tensor with its memory given back, as sharding libraries do."""
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("W_enc", freed(ENCODE.W_enc), "W_enc: got torch.strided tensor on cpu that cannot be read"),
+        ("W_enc", FakeTensorMode().from_tensor(ENCODE.W_enc), "W_enc: got torch.strided tensor on cpu that cannot"),
+        ("x", torch._neg_view(ENCODE.x), "x: got a view of negated memory"),
+        ("x", ENCODE.x.numpy(), "x: got numpy.ndarray, expected a torch.Tensor"),
+        ("count", None, "count: got NoneType, expected a torch.Tensor"),
+        ("values", ENCODE.values.clone().requires_grad_(), "values: requires grad"),
+        ("threshold", ENCODE.threshold.to(torch.float8_e4m3fn), "threshold: got a 8-bit dtype, expected torch.float32"),
+    ],
+)
+def test_what_only_looks_like_a_tensor_of_numbers_is_refused(name: str, value: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        KERNELS["sae_encode"](*ENCODE.replaced(**{name: value}).arguments.values())
+
+
+@pytest.mark.parametrize("name", ["W_enc", "b_enc", "threshold"])
+@pytest.mark.parametrize("k", [0, 3])
+def test_a_bank_with_a_nan_is_seen_by_encode_and_splice(name: str, k: int) -> None:
+    for make in (lambda: encode_call(3, k=k), lambda: splice_call([3, 2], k=k)):
+        call = make()
+        call.arguments[name].view(-1)[70] = torch.nan
+        after = call.run()
+        assert (after.count == -1).all()
+        assert_same_bits(after.indices, call.indices)
+        assert_same_bits(after.x, call.x)
+        if "activation" in call.arguments:
+            assert after.activation.isnan().all()
+
+
+@pytest.mark.parametrize("call", [ENCODE, DECODE, SPLICE, HEADS, steer_call([3, 2])], ids=lambda call: call.name)
+def test_a_trace_holds_the_operator(call: Call) -> None:
+    names = [name for name, value in call.arguments.items() if isinstance(value, Tensor)]
+
+    def run(*tensors: Tensor) -> Tensor:
+        KERNELS[call.name](*(call.arguments | dict(zip(names, tensors, strict=True))).values())
+        return tensors[0]
+
+    graph = make_fx(run)(*call.copy().tensors)
+    assert call.overload in [node.target for node in graph.graph.nodes]
+
+
+def test_a_launch_without_memory_is_an_error_and_not_the_end() -> None:
+    """Of a thread of the team too, whose exceptions must not leave it."""
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY, Path(__file__).parent], capture_output=True, text=True)
+    assert done.stdout.strip() == "MemoryError", done.stderr
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from kernel_cases import KERNELS, encode_call
+torch.set_num_threads(2)
+KERNELS["sae_encode"](*encode_call(64, 64, 8192).arguments.values())
+arguments = encode_call(1500, 64, 8192, k=8000, capacity=8000).arguments.values()
+with open("/proc/self/statm") as statm:
+    size = int(statm.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (100 << 20),) * 2)
+try:
+    KERNELS["sae_encode"](*arguments)
+except MemoryError:
+    print("MemoryError")
+"""
 
 
 SANITIZED_RUN = """

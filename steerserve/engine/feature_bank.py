@@ -10,10 +10,8 @@ import torch
 from steerserve.errors import CapacityError, InvalidRequestError
 from steerserve.kernels.steer_delta import Normalization
 from steerserve.models.splice import SiteBank
-from steerserve.steering.plan import FeatureRows, IntArray, Plan
+from steerserve.steering.plan import FeatureKey, FeatureRows, IntArray, Plan
 from steerserve.types import Site
-
-FeatureKey = tuple[str, int]
 
 
 @dataclass

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from steerserve.steering.plan import Plan, PlannedIntervention
+from steerserve.steering.plan import DoubleArray, IntArray, Plan, Segments
 from steerserve.types import FloatArray, InterventionReceipt, Receipt
 
+SMALLEST_NORM = np.finfo(np.float32).tiny
+"""Stands for a norm of 0; x is not 0 where it was edited to be."""
 
-@dataclass
-class _Count:
-    """Running sums of one intervention."""
 
-    in_scope: int = 0
-    covered: int = 0
-    edited: int = 0
-    relative_edit: float = 0.0
-    max_score: float = float("nan")
+def scores(segments: Segments, activation: FloatArray) -> FloatArray:
+    """``[n, s]`` weight · f for activations ``[n, nnz]``."""
+    read = activation[:, segments.entries]
+    scored: FloatArray = np.einsum("nws,sw->ns", read, segments.weight)
+    return scored
+
+
+def _lengths(gram: DoubleArray, edits: FloatArray) -> DoubleArray:
+    """``[n, s]`` √(eᵀ gram e) of edits e ``[n, w, s]``."""
+    if edits.shape[1] == 1:
+        alone: DoubleArray = np.abs(edits[:, 0]) * np.sqrt(gram[:, 0, 0])
+        return alone
+    by_segment = edits.transpose(2, 0, 1).astype(np.float64)
+    squared = np.einsum("snw,snw->ns", by_segment @ gram, by_segment)
+    lengths: DoubleArray = np.sqrt(np.maximum(squared, 0.0))
+    return lengths
 
 
 class Tally:
@@ -26,55 +37,81 @@ class Tally:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._counts = [_Count() for _ in plan.interventions]
+        self._sums = np.zeros((4, len(plan.interventions)))
+        self._max_score = np.full(len(plan.interventions), np.nan, dtype=np.float32)
 
-    def record(self, intervention: int, activation: FloatArray, edit: FloatArray, x_norm: FloatArray) -> None:
-        """Add ``n`` positions in the intervention's scope.
+    def record(self, intervention: IntArray, sums: DoubleArray, max_score: FloatArray) -> None:
+        """Add what positions in the scope of some interventions came to.
 
         Args:
-            activation, edit: ``[n, m]`` of the intervention's own entries.
-            x_norm: ``[n, stages]``; negative where the kernel did not run.
+            intervention: ``[s]``.
+            sums: ``[4, s]`` positions in scope, those the kernel ran on, those it edited, and Σ |x' − x| / |x|.
+            max_score: ``[s]``; NaN if no score was a number.
         """
-        planned, count = self._plan.interventions[intervention], self._counts[intervention]
-        norm = x_norm[:, planned.stage]
-        covered = ~(norm < 0)
-        edited = covered & (edit != 0).any(axis=1)
-        count.in_scope += len(norm)
-        count.covered += int(covered.sum())
-        count.edited += int(edited.sum())
-        count.relative_edit += _relative_edits(edit[edited], norm[edited], planned.gram)
-        if covered.any():
-            count.max_score = float(np.fmax(count.max_score, np.fmax.reduce(activation[covered] @ planned.weight)))
+        self._sums[:, intervention] += sums
+        self._max_score[intervention] = np.fmax(self._max_score[intervention], max_score)
 
     def receipt(self, model_fingerprint: str) -> Receipt:
         """The proof so far."""
         plan = self._plan
+        in_scope, covered, edited, relative_edit = self._sums
+        counts = (count.astype(np.int64).tolist() for count in (in_scope, covered, edited))
+        mean_edit = relative_edit / np.maximum(edited, 1)
+        max_activation = np.where(covered > 0, self._max_score, 0.0)
+        lines = zip(plan.interventions, *counts, mean_edit.tolist(), max_activation.tolist(), strict=True)
         return Receipt(
             plan_hash=plan.hash,
             model_fingerprint=model_fingerprint,
             policies=plan.policies,
             packs=dict(plan.packs),
-            interventions=tuple(map(_line, plan.interventions, self._counts)),
-            steered=bool(self._counts) and all(0 < count.in_scope == count.covered for count in self._counts),
+            interventions=tuple(
+                InterventionReceipt(planned.source, planned.label, planned.site, *numbers)
+                for planned, *numbers in lines
+            ),
+            steered=bool(plan.interventions) and bool(((in_scope > 0) & (covered == in_scope)).all()),
         )
 
 
-def _relative_edits(edit: FloatArray, norm: FloatArray, gram: FloatArray) -> float:
-    """Σ |x' − x| / |x| over positions ``[n]``, with |x' − x|² = eᵀ gram e; x is not 0 where it was edited to be."""
-    exact = edit.astype(np.float64)
-    squared = np.einsum("ni,ni->n", exact @ gram.astype(np.float64), exact)
-    smallest = np.finfo(np.float32).tiny
-    return float((np.sqrt(np.maximum(squared, 0.0)) / np.maximum(norm, smallest)).sum())
+@dataclass(frozen=True, eq=False)
+class Share:
+    """One row's interventions of some width at one stage; ``norm_column`` of ``x_norm`` is what the stage saw."""
+
+    row: int
+    norm_column: int
+    segments: Segments
 
 
-def _line(planned: PlannedIntervention, count: _Count) -> InterventionReceipt:
-    return InterventionReceipt(
-        source=planned.source,
-        label=planned.label,
-        site=planned.site,
-        tokens_in_scope=count.in_scope,
-        tokens_covered=count.covered,
-        tokens_edited=count.edited,
-        mean_relative_edit=count.relative_edit / count.edited if count.edited else 0.0,
-        max_activation=count.max_score if count.covered else 0.0,
-    )
+class Account:
+    """The interventions of one width among all rows of a log, added up together."""
+
+    def __init__(self, shares: Sequence[Share]) -> None:
+        counts = [len(share.segments.intervention) for share in shares]
+        ends = np.cumsum(counts).tolist()
+        self._shares = [(share, slice(end - n, end)) for share, n, end in zip(shares, counts, ends, strict=True)]
+        self._norm_column = np.repeat([share.norm_column for share in shares], counts)
+        self._segments = Segments(
+            intervention=np.concatenate([share.segments.intervention for share in shares]),
+            first=np.concatenate([share.segments.first for share in shares]),
+            weight=np.concatenate([share.segments.weight for share in shares]),
+            gram=np.concatenate([share.segments.gram for share in shares]),
+        )
+
+    def add(self, activation: FloatArray, edit: FloatArray, x_norm: FloatArray, tallies: Sequence[Tally]) -> None:
+        """Add ``n`` positions to the tally of each row.
+
+        Args:
+            activation, edit: ``[n, nnz]``; NaN and 0 where the kernel did not run.
+            x_norm: ``[n, columns]``; negative where the kernel did not run.
+        """
+        covered = ~(x_norm < 0)
+        # Per position and stage, not per entry: many entries share a norm.
+        inverse = np.where(x_norm >= 0, 1.0 / np.maximum(x_norm.astype(np.float64), SMALLEST_NORM), 0.0)
+        edits = edit[:, self._segments.entries]
+        sums = np.empty((4, len(self._norm_column)))
+        sums[0] = len(x_norm)
+        sums[1] = covered.sum(axis=0)[self._norm_column]
+        sums[2] = (edits != 0).any(axis=1).sum(axis=0)
+        sums[3] = np.einsum("ns,ns->s", _lengths(self._segments.gram, edits), inverse[:, self._norm_column])
+        max_score = np.fmax.reduce(scores(self._segments, activation), axis=0)
+        for share, of_share in self._shares:
+            tallies[share.row].record(share.segments.intervention, sums[:, of_share], max_score[of_share])

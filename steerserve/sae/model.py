@@ -9,7 +9,8 @@ trained on *massive activations* (attention sinks whose norm exceeds the others'
 most of its features would fire at meaningless values. It is infinite unless the SAE's file states it.
 
 A thresholded encode is exact on any subset of features, which is what makes serving cheap: a policy
-over 8 features needs 8 encoder columns, not the whole matrix.
+over 8 features needs 8 encoder columns, not the whole matrix. ``W_enc`` therefore lies in memory feature
+after feature, each column of it in one piece, whatever the strides of the tensor it was given as.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ class SAE:
     """A trained SAE at one site.
 
     Attributes:
-        W_enc: ``[d_in, d_sae]``; ``b_enc`` and ``threshold`` are ``[d_sae]``.
+        W_enc: ``[d_in, d_sae]``, the transpose of a contiguous tensor; ``b_enc`` and ``threshold`` are ``[d_sae]``.
         W_dec: ``[d_sae, d_in]``; ``b_dec`` is ``[d_in]``.
         max_norm: largest |x| that the SAE is defined on.
         max_activation: ``[d_sae]`` largest activation seen in evaluation, or None if not recorded.
@@ -49,6 +51,9 @@ class SAE:
     max_activation: torch.Tensor | None = None
     sha256: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "W_enc", self.W_enc.T.contiguous().T)
 
     @property
     def d_in(self) -> int:
@@ -74,6 +79,10 @@ class SAE:
 
     def encoder_bias(self) -> torch.Tensor:
         """``[d_sae]`` b_enc with the subtraction of b_dec folded in."""
+        return self._folded_bias
+
+    @cached_property
+    def _folded_bias(self) -> torch.Tensor:
         return self.b_enc - self.b_dec @ self.W_enc if self.apply_b_dec_to_input else self.b_enc
 
     def rows(self, features: Sequence[int]) -> tuple[torch.Tensor, ...]:
@@ -84,14 +93,6 @@ class SAE:
             W_dec ``[k, d_in]``.
         """
         index = torch.as_tensor(features, dtype=torch.long)
-        W_enc = self.W_enc[:, index].T.contiguous()
-        b_enc = self.b_enc[index]
-        if self.apply_b_dec_to_input:
-            b_enc = b_enc - W_enc @ self.b_dec
-        return (
-            W_enc,
-            b_enc,
-            self.threshold[index],
-            torch.full_like(b_enc, self.max_norm),
-            self.W_dec[index].contiguous(),
-        )
+        b_enc = self.encoder_bias()[index]
+        max_norm = torch.full_like(b_enc, self.max_norm)
+        return self.W_enc.T[index], b_enc, self.threshold[index], max_norm, self.W_dec[index]

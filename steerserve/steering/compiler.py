@@ -6,21 +6,28 @@ Everything that can be wrong with a spec is refused here, at admission, under th
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from steerserve.errors import InvalidRequestError
 from steerserve.kernels.steer_delta import OpCode
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.packs import ConceptPack
-from steerserve.steering.plan import FeatureRows, IntArray, Plan, PlannedIntervention, SitePlan, Stage
-from steerserve.steering.targets import Identity, ResolvedTarget, resolve_concept, resolve_target
+from steerserve.steering.plan import Plan, PlannedIntervention, Segments, SitePlan, Stage
+from steerserve.steering.targets import Identity, ResolvedTarget, gather_rows, resolve_concept, resolve_target
 from steerserve.types import DirectionTarget, FloatArray, Intervention, Op, Phase, Site, SteeringSpec, Unit
 
 TAKES_VALUE = frozenset({Op.CLAMP, Op.CLIP, Op.SCALE, Op.ADD})
 TAKES_MAX_ACTIVATION = frozenset({Op.CLAMP, Op.CLIP, Op.ADD})
+FLOAT32_LIMIT = 2.0**128 - 2.0**103
+"""The smallest number that rounds to infinity in float32."""
+
+Place = tuple[Site, Stage]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +41,11 @@ class _Edit:
     target: ResolvedTarget
     op: Op
     always: bool
-    value: FloatArray
+    value: Sequence[float]
 
     @property
     def label(self) -> str:
-        operand = f" {self.value[0]:g}" if self.op in TAKES_VALUE and len(set(self.value.tolist())) == 1 else ""
+        operand = f" {self.value[0]:g}" if self.op in TAKES_VALUE and len(set(self.value)) == 1 else ""
         return f"{self.target.label}: {self.op}{' always' if self.always else ''}{operand}"
 
 
@@ -60,7 +67,7 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog) 
     used = {pack.tag: pack.sha256 for edit in edits if (pack := edit.target.pack) is not None}
     plan = Plan(
         interventions=tuple(_planned(edit) for edit in edits),
-        sites=tuple(_site_plans(edits)),
+        sites=tuple(_site_plan(place, edits, members) for place, members in _by_place(edits)),
         policies=tuple(pack.tag for pack in packs),
         packs=used,
         hash="",
@@ -93,7 +100,7 @@ def _compile_policy(pack: ConceptPack, path: str) -> _Edit:
         target=resolve_concept(pack),
         op=action.op,
         always=action.always,
-        value=pack.tensors.value,
+        value=pack.tensors.value.tolist(),
     )
 
 
@@ -112,19 +119,19 @@ def _check_op(intervention: Intervention, path: str) -> None:
         raise InvalidRequestError(f"{path}.value", intervention.value, f"no value: {op} takes none")
 
 
-def _values(intervention: Intervention, target: ResolvedTarget, path: str) -> FloatArray:
-    """The operand of each feature, in activation units; zeros where the op takes none."""
-    unit = np.ones(len(target.rows))
+def _values(intervention: Intervention, target: ResolvedTarget, path: str) -> list[float]:
+    """The operand of each feature, in activation units and rounded to float32; zeros where the op takes none."""
+    unit: Sequence[float] = (1.0,) * len(target.keys)
     if intervention.unit is Unit.MAX_ACTIVATION:
         if target.max_activation is None:
             expected = f"{Unit.RAW}: {target.label} has no recorded maximum activation"
             raise InvalidRequestError(f"{path}.unit", str(intervention.unit), expected)
-        unit = target.max_activation.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = ((intervention.value or 0.0) * unit).astype(np.float32)
-    if not np.isfinite(values).all():
+        unit = target.max_activation
+    value = float(intervention.value or 0.0)
+    values = [value * maximum for maximum in unit]
+    if not all(abs(operand) < FLOAT32_LIMIT for operand in values):
         raise InvalidRequestError(f"{path}.value", intervention.value, "a finite number that float32 can hold")
-    return values
+    return [float(np.float32(operand)) for operand in values]
 
 
 def _find_policies(names: Sequence[str], catalog: Catalog) -> list[ConceptPack]:
@@ -163,52 +170,51 @@ def _refuse_edits_behind_guards(edits: Sequence[_Edit]) -> None:
 
 
 def _planned(edit: _Edit) -> PlannedIntervention:
-    decoder = edit.target.rows.W_dec.astype(np.float64)
-    return PlannedIntervention(
-        source=edit.source,
-        label=edit.label,
-        site=edit.target.site,
-        stage=edit.stage,
-        phase=edit.phase,
-        weight=edit.target.weight,
-        gram=(decoder @ decoder.T).astype(np.float32),
+    return PlannedIntervention(edit.source, edit.label, edit.target.site, edit.stage, edit.phase)
+
+
+def _by_place(edits: Sequence[_Edit]) -> list[tuple[Place, list[int]]]:
+    """The edits at each site and stage, as indices, in the order in which they apply."""
+    places: dict[Place, list[int]] = {}
+    for index, edit in enumerate(edits):
+        places.setdefault((edit.target.site, edit.stage), []).append(index)
+    return sorted(places.items())
+
+
+def _site_plan(place: Place, edits: Sequence[_Edit], members: Sequence[int]) -> SitePlan:
+    chosen = [edits[i] for i in members]
+    rows = gather_rows(edit.target for edit in chosen)
+    index = {key: i for i, key in enumerate(rows.keys)}
+    row = np.array([index[key] for edit in chosen for key in edit.target.keys], dtype=np.int32)
+    counts = [len(edit.target.keys) for edit in chosen]
+    return SitePlan(
+        site=place[0],
+        stage=place[1],
+        rows=rows,
+        row=row,
+        op=np.repeat(np.array([_op_code(edit) for edit in chosen], dtype=np.uint8), counts),
+        value=np.array([value for edit in chosen for value in edit.value], dtype=np.float32),
+        intervention=np.repeat(np.array(members, dtype=np.int32), counts),
+        segments=tuple(_segments(chosen, members, counts, rows.W_dec[row])),
     )
 
 
-def _site_plans(edits: Sequence[_Edit]) -> Iterator[SitePlan]:
-    places = sorted({(edit.target.site, edit.stage) for edit in edits})
-    for site, stage in places:
-        members = [i for i, edit in enumerate(edits) if (edit.target.site, edit.stage) == (site, stage)]
-        rows, row = _distinct_rows([edits[i].target.rows for i in members])
-        counts = [len(edits[i].target.rows) for i in members]
-        yield SitePlan(
-            site=site,
-            stage=stage,
-            rows=rows,
-            row=row,
-            op=np.repeat([_op_code(edits[i]) for i in members], counts).astype(np.uint8),
-            value=np.concatenate([edits[i].value for i in members]),
-            intervention=np.repeat(members, counts).astype(np.int32),
+def _segments(
+    chosen: Sequence[_Edit], members: Sequence[int], counts: Sequence[int], decoder: FloatArray
+) -> Iterator[Segments]:
+    """The edits at one place by width; ``decoder`` has a row for each entry."""
+    first, width = np.cumsum([0, *counts[:-1]], dtype=np.int32), np.array(counts)
+    weight = np.concatenate([edit.target.weight for edit in chosen])
+    for each in sorted(set(counts)):
+        of_width = np.flatnonzero(width == each)
+        entries = first[of_width, None] + np.arange(each)
+        directions = decoder[entries].astype(np.float64)
+        yield Segments(
+            intervention=np.array(members, dtype=np.int32)[of_width],
+            first=first[of_width],
+            weight=weight[entries],
+            gram=directions @ directions.transpose(0, 2, 1),
         )
-
-
-def _distinct_rows(parts: Sequence[FeatureRows]) -> tuple[FeatureRows, IntArray]:
-    """All rows without repeats, and for each row of ``parts`` its index among them."""
-    keys = [key for part in parts for key in part.keys]
-    first_at: dict[tuple[str, int], int] = {}
-    for position, key in enumerate(keys):
-        first_at.setdefault(key, position)
-    first = list(first_at.values())
-    index = {key: i for i, key in enumerate(first_at)}
-    rows = FeatureRows(
-        keys=tuple(index),
-        W_enc=np.concatenate([part.W_enc for part in parts])[first],
-        b_enc=np.concatenate([part.b_enc for part in parts])[first],
-        threshold=np.concatenate([part.threshold for part in parts])[first],
-        max_norm=np.concatenate([part.max_norm for part in parts])[first],
-        W_dec=np.concatenate([part.W_dec for part in parts])[first],
-    )
-    return rows, np.array([index[key] for key in keys], dtype=np.int32)
 
 
 def _op_code(edit: _Edit) -> OpCode:
@@ -229,23 +235,18 @@ def _plan_hash(plan: Plan) -> str:
     """SHA-256 over every name and array of the plan; each piece is preceded by its length."""
     digest = hashlib.sha256()
     for piece in _pieces(plan):
-        digest.update(len(piece).to_bytes(8, "little"))
+        digest.update(struct.pack("<q", len(piece)))
         digest.update(piece)
     return digest.hexdigest()
 
 
-def _pieces(plan: Plan) -> Iterator[bytes]:
-    for planned in plan.interventions:
-        names = (planned.source, planned.label, str(planned.site), planned.stage.name, planned.phase)
-        yield from (name.encode() for name in names)
-        yield planned.weight.tobytes()
+def _pieces(plan: Plan) -> Iterator[bytes | memoryview]:
+    names = [(p.source, p.label, str(p.site), p.stage.name, str(p.phase)) for p in plan.interventions]
+    yield repr((names, plan.policies, list(plan.packs.items()))).encode()
     for part in plan.sites:
-        yield f"{part.site} {part.stage.name}".encode()
-        yield repr(part.rows.keys).encode()
+        yield repr((str(part.site), part.stage.name, part.rows.keys)).encode()
         rows = part.rows
-        bank = (rows.W_enc, rows.b_enc, rows.threshold, rows.max_norm, rows.W_dec)
-        for array in (*bank, part.row, part.op, part.value):
-            yield array.tobytes()
-        yield part.intervention.tobytes()
-    for name in (*plan.policies, *plan.packs.keys(), *plan.packs.values()):
-        yield name.encode()
+        arrays: list[npt.NDArray[Any]] = [rows.W_enc, rows.b_enc, rows.threshold, rows.max_norm, rows.W_dec]
+        arrays += [part.row, part.op, part.value, part.intervention]
+        arrays += [segments.weight for segments in part.segments]
+        yield from (array.ravel().view(np.uint8).data for array in arrays)

@@ -17,6 +17,10 @@ from steerserve.types import FloatArray, Phase, Site
 
 IntArray = npt.NDArray[np.int32]
 ByteArray = npt.NDArray[np.uint8]
+DoubleArray = npt.NDArray[np.float64]
+
+FeatureKey = tuple[str, int]
+"""Identity of a feature's rows, e.g. ``("sae:<name>:<hash>", 123)``; equal keys mean equal rows."""
 
 
 class Stage(IntEnum):
@@ -34,13 +38,13 @@ class FeatureRows:
     threshold −inf (f is the projection) and W_enc = W_dec = the unit vector.
 
     Attributes:
-        keys: identity of each row, e.g. ``("sae:<hash>", 123)``; equal keys mean equal rows.
+        keys: ``[k]``.
         W_enc: ``[k, d]``, one row per feature; ``b_enc`` ``[k]`` has −b_dec·W_enc folded in.
         max_norm: ``[k]`` largest |x| the feature is defined on; +inf for a direction.
         W_dec: ``[k, d]``, already in the units of the residual stream.
     """
 
-    keys: tuple[tuple[str, int], ...]
+    keys: tuple[FeatureKey, ...]
     W_enc: FloatArray
     b_enc: FloatArray
     threshold: FloatArray
@@ -52,6 +56,33 @@ class FeatureRows:
 
 
 @dataclass(frozen=True, eq=False)
+class Segments:
+    """``s`` interventions of ``w`` entries each, as accounting sees them: all of one width at once.
+
+    Attributes:
+        intervention: ``[s]`` index into ``Plan.interventions``.
+        first: ``[s]`` where its entries start; the others follow.
+        weight: ``[s, w]`` its score is ``weight · f``.
+        gram: ``[s, w, w]`` W_dec W_decᵀ of its entries: |x' − x|² = eᵀ gram e for edits e.
+    """
+
+    intervention: IntArray
+    first: IntArray
+    weight: FloatArray
+    gram: DoubleArray
+
+    @property
+    def width(self) -> int:
+        """Entries of each."""
+        return int(self.weight.shape[1])
+
+    @property
+    def entries(self) -> IntArray:
+        """``[w, s]`` where each entry is."""
+        return self.first + np.arange(self.width, dtype=np.int32)[:, None]
+
+
+@dataclass(frozen=True, eq=False)
 class SitePlan:
     """One stage's work at one site, an entry per (intervention, feature).
 
@@ -60,6 +91,7 @@ class SitePlan:
         op: ``[n]`` codes of ``steerserve.kernels.steer_delta.OpCode``.
         value: ``[n]`` the operand, in activation units.
         intervention: ``[n]`` index into ``Plan.interventions``; entries of one are contiguous.
+        segments: one item a width.
     """
 
     site: Site
@@ -69,24 +101,18 @@ class SitePlan:
     op: ByteArray
     value: FloatArray
     intervention: IntArray
+    segments: tuple[Segments, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedIntervention:
-    """One intervention of the plan, as the receipt reports it.
-
-    Attributes:
-        weight: ``[m]`` the intervention's score is ``weight · f`` over its own entries.
-        gram: ``[m, m]`` W_dec W_decᵀ of its entries: |x' − x|² = eᵀ gram e for edits e.
-    """
+    """One intervention of the plan, as the receipt names it."""
 
     source: str
     label: str
     site: Site
     stage: Stage
     phase: Phase
-    weight: FloatArray
-    gram: FloatArray
 
 
 @dataclass(frozen=True, eq=False)

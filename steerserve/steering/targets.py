@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from steerserve.errors import IncompatibleError, InvalidRequestError
+from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.packs import ConceptPack
-from steerserve.steering.plan import FeatureRows
+from steerserve.steering.plan import FeatureKey, FeatureRows
 from steerserve.types import ConceptTarget, DirectionTarget, FeatureTarget, FloatArray, Site, Target
 
 Identity = tuple[str, int]
 """What a feature is, whoever ships its rows: an SAE's hash and index, or the hash of a direction."""
+
+ONE = np.ones(1, dtype=np.float32)
+ONE.flags.writeable = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,19 +28,56 @@ class ResolvedTarget:
 
     Attributes:
         label: the target in words.
+        source: what ``gather_rows`` reads the rows from.
+        features: ``[k]`` which of the source's rows.
+        keys: ``[k]`` as in ``FeatureRows``.
         identities: ``[k]``; equal for one feature named through its SAE and through a pack.
         weight: ``[k]`` the target's score is ``weight · f``.
-        max_activation: ``[k]`` recorded maxima, all positive; None if any is missing.
+        recorded: maximum activation of each of the source's rows, if it has any on record.
         pack: the concept pack the rows come from, if any.
     """
 
     label: str
     site: Site
-    rows: FeatureRows
+    source: SAE | FeatureRows
+    features: Sequence[int]
+    keys: tuple[FeatureKey, ...]
     identities: tuple[Identity, ...]
     weight: FloatArray
-    max_activation: FloatArray | None
+    recorded: FloatArray | None = None
     pack: ConceptPack | None = None
+
+    @property
+    def max_activation(self) -> list[float] | None:
+        """``[k]`` recorded maxima, all positive; None if any is missing."""
+        if self.recorded is None:
+            return None
+        maxima = [float(self.recorded[feature]) for feature in self.features]
+        return maxima if all(maximum > 0 for maximum in maxima) else None
+
+
+def gather_rows(targets: Iterable[ResolvedTarget]) -> FeatureRows:
+    """The rows of all targets, each key once; those of one source are read together."""
+    seen: set[FeatureKey] = set()
+    sources: dict[int, tuple[SAE | FeatureRows, list[int], list[FeatureKey]]] = {}
+    for target in targets:
+        _, features, keys = sources.setdefault(id(target.source), (target.source, [], []))
+        for feature, key in zip(target.features, target.keys, strict=True):
+            if key not in seen:
+                seen.add(key)
+                features.append(feature)
+                keys.append(key)
+    parts = [_arrays(source, features) for source, features, _ in sources.values()]
+    arrays = parts[0] if len(parts) == 1 else [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
+    return FeatureRows(tuple(key for _, _, keys in sources.values() for key in keys), *arrays)
+
+
+def _arrays(source: SAE | FeatureRows, features: list[int]) -> list[FloatArray]:
+    """W_enc, b_enc, threshold, max_norm and W_dec of some rows."""
+    if isinstance(source, SAE):
+        return [rows.numpy() for rows in source.rows(features)]
+    whole = (source.W_enc, source.b_enc, source.threshold, source.max_norm, source.W_dec)
+    return [rows[features] for rows in whole]
 
 
 def resolve_target(target: Target, path: str, catalog: Catalog) -> ResolvedTarget:
@@ -66,10 +108,12 @@ def resolve_concept(pack: ConceptPack) -> ResolvedTarget:
     return ResolvedTarget(
         label=f"concept {pack.name}",
         site=pack.site,
-        rows=rows,
+        source=rows,
+        features=range(len(rows)),
+        keys=rows.keys,
         identities=identities,
         weight=tensors.weight,
-        max_activation=_if_all_positive(tensors.max_activation),
+        recorded=tensors.max_activation,
         pack=pack,
     )
 
@@ -78,17 +122,15 @@ def _resolve_feature(target: FeatureTarget, path: str, catalog: Catalog) -> Reso
     sae = catalog.sae(target.sae, f"{path}.sae")
     if not 0 <= target.feature < sae.d_sae:
         raise InvalidRequestError(f"{path}.feature", target.feature, f"an integer from 0 to {sae.d_sae - 1}")
-    rows = FeatureRows(
-        ((f"sae:{sae.name}:{sae.sha256}", target.feature),), *(t.numpy() for t in sae.rows([target.feature]))
-    )
-    recorded = None if sae.max_activation is None else sae.max_activation[target.feature : target.feature + 1].numpy()
     return ResolvedTarget(
         label=f"feature {sae.name}/{target.feature}",
         site=sae.site,
-        rows=rows,
+        source=sae,
+        features=(target.feature,),
+        keys=((f"sae:{sae.name}:{sae.sha256}", target.feature),),
         identities=((f"sae:{sae.sha256 or sae.name}", target.feature),),
-        weight=np.ones(1, dtype=np.float32),
-        max_activation=None if recorded is None else _if_all_positive(recorded),
+        weight=ONE,
+        recorded=None if sae.max_activation is None else sae.max_activation.numpy(),
     )
 
 
@@ -101,10 +143,11 @@ def _resolve_direction(target: DirectionTarget, path: str, catalog: Catalog) -> 
     return ResolvedTarget(
         label=f"direction at {target.site}",
         site=target.site,
-        rows=rows,
+        source=rows,
+        features=(0,),
+        keys=(key,),
         identities=(key,),
-        weight=np.ones(1, dtype=np.float32),
-        max_activation=None,
+        weight=ONE,
     )
 
 
@@ -118,7 +161,3 @@ def _unit_vector(vector: FloatArray, field: str, d_model: int) -> FloatArray:
     if length == 0:
         raise InvalidRequestError(field, "the zero vector", "a vector with a direction")
     return (exact / length).astype(np.float32)
-
-
-def _if_all_positive(recorded: FloatArray) -> FloatArray | None:
-    return recorded if (recorded > 0).all() else None

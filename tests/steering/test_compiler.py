@@ -97,16 +97,21 @@ def test_a_policy_runs_the_calibrated_action_after_the_request(catalog) -> None:
     assert plan.sites[1].op.tolist() == [OpCode.CLAMP_ALWAYS] * 2
     assert plan.sites[1].value.tolist() == [-1, -2]
     assert plan.sites[1].intervention.tolist() == [1, 1]
-    assert policy.weight.tolist() == [10, 20]
+    assert plan.sites[1].segments[0].weight.tolist() == [[10, 20]]
     assert plan.policies == ("mood@2",)
     assert plan.packs == {"mood@2": catalog.packs["mood"].sha256}
 
 
 def test_gram_gives_the_length_of_an_edit(catalog, sae) -> None:
-    (planned,) = compile_plan(spec(concept()), (), catalog).interventions
+    (part,) = compile_plan(spec(feature(2), concept(), feature(5)), (), catalog).sites
+    single, pair = part.segments
+    assert (single.intervention.tolist(), pair.intervention.tolist()) == ([0, 2], [1])
+    assert (single.entries.tolist(), pair.entries.tolist()) == ([[0, 3]], [[1], [2]])
+    W_dec = sae.W_dec.double().numpy()
+    np.testing.assert_allclose(single.gram[:, 0, 0], (W_dec[[2, 5]] ** 2).sum(axis=1))
     edit = np.array([0.5, -2.0])
-    moved = edit @ sae.W_dec[[1, 3]].double().numpy()
-    assert edit @ planned.gram @ edit == pytest.approx(moved @ moved, rel=1e-5)
+    moved = edit @ W_dec[[1, 3]]
+    assert edit @ pair.gram[0] @ edit == pytest.approx(moved @ moved)
 
 
 def test_interventions_at_several_sites_are_grouped_in_model_order(catalog) -> None:
@@ -166,6 +171,26 @@ def test_wrong_interventions_are_refused_by_field(interventions, error, field, e
     assert type(caught.value) is error
     assert caught.value.field == field
     assert expected in caught.value.expected
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_reach_to_the_last_number_that_float32_holds(sign, catalog) -> None:
+    largest = float(np.finfo(np.float32).max)
+    halfway = largest + 2.0**103  # rounds to even, which is infinity
+    (part,) = compile_plan(spec(feature(1, Op.ADD, sign * np.nextafter(halfway, 0))), (), catalog).sites
+    assert part.value.tolist() == [sign * largest]
+    with pytest.raises(InvalidRequestError, match="float32"):
+        compile_plan(spec(feature(1, Op.ADD, sign * halfway)), (), catalog)
+
+
+def test_rows_of_several_sources_at_one_site_keep_to_their_entries(catalog, sae) -> None:
+    asked = [feature(4), direction(Op.ADD, 1.0), feature(2, Op.MONITOR), concept(), feature(4, Op.MONITOR)]
+    (part,) = compile_plan(spec(*asked), (), catalog).sites
+    unit = ONES / np.sqrt(8)
+    expected = np.stack([sae.W_dec[4], unit, *sae.W_dec[[2, 1, 3, 4]]])
+    assert len(part.rows) == 5
+    np.testing.assert_allclose(part.rows.W_dec[part.row], expected, rtol=1e-6)
+    assert part.rows.threshold[part.row[1]] == -np.inf
 
 
 @pytest.mark.parametrize(

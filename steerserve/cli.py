@@ -101,6 +101,13 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of the distribution to draw from.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Most likely tokens to draw from; 0 is no limit.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the most likely one.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: against tokens of prompt and response.")] = 1.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Above 0: against tokens, by their count so far.")] = 0.0,
+    presence_penalty: Annotated[float, typer.Option(help="Above 0: against tokens of the response.")] = 0.0,
+    stop_strings: Annotated[
+        list[str] | None, typer.Option("--stop", help="String that ends the response. Repeatable.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the response reproducible.")] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's turn through the chat template.")
@@ -124,6 +131,11 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            stop=stop_strings or (),
             seed=seed,
             return_activations=activations,
         ):

@@ -7,11 +7,11 @@ with SteerserveClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import Self, TypedDict, Unpack, cast
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import grpc
 
@@ -30,6 +30,8 @@ from steerserve.types import (
     SamplingParams,
     SteeringSpec,
     StepOutput,
+    StopReason,
+    TokenLogprobs,
 )
 from steerserve.v1 import generation_pb2, generation_pb2_grpc
 
@@ -43,7 +45,8 @@ class GenerateOptions(TypedDict, total=False):
         steer: interventions, each an ``Intervention`` or a string such as ``profanity=clamp:-1x``
             (see ``steerserve.serving.steer_string``).
         policies: server-side policies, as ``name`` or ``name@version``.
-        max_tokens, temperature, top_p, top_k, seed, ignore_eos: see ``SamplingParams``, whose defaults apply.
+        max_tokens and what follows it up to ``logprobs``: see ``SamplingParams``, whose defaults apply.
+        stop: may be a single string.
         return_activations: report every intervention's score at every position.
         request_id: names the request; the server makes one up if it is left out.
         timeout: seconds until the call is ended with DEADLINE_EXCEEDED; no limit if left out.
@@ -57,6 +60,15 @@ class GenerateOptions(TypedDict, total=False):
     top_k: int
     seed: int | None
     ignore_eos: bool
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    include_stop_str_in_output: bool
+    logprobs: int | None
     return_activations: bool
     request_id: str
     timeout: float | None
@@ -64,13 +76,15 @@ class GenerateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished response."""
+    """A finished response; the attributes are those of ``StepOutput``."""
 
     request_id: str
     text: str
     token_ids: tuple[int, ...]
     scores: tuple[PositionScores, ...]
+    logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason
+    stop_reason: StopReason | None
     num_prompt_tokens: int
     receipt: Receipt
 
@@ -115,7 +129,9 @@ class SteerserveClient:
             text=output.text,
             token_ids=output.token_ids,
             scores=output.scores,
+            logprobs=output.logprobs,
             finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
             num_prompt_tokens=output.num_prompt_tokens,
             receipt=output.receipt,
         )
@@ -154,7 +170,6 @@ def _request(prompt: str | Sequence[int] | Sequence[Message], options: GenerateO
     for name in options.keys() - GenerateOptions.__annotations__.keys():
         # A TypedDict is not checked at run time, and a mistyped `policies` must not drop a guard.
         raise InvalidRequestError(name, options.get(name), f"one of {', '.join(GenerateOptions.__annotations__)}")
-    default = SamplingParams()
     interventions = (
         parse_intervention(item, f"steer[{i}]") if isinstance(item, str) else item
         for i, item in enumerate(options.get("steer", ()))
@@ -162,18 +177,20 @@ def _request(prompt: str | Sequence[int] | Sequence[Message], options: GenerateO
     return GenerateRequest(
         request_id=options.get("request_id", ""),
         prompt=prompt if isinstance(prompt, str) else cast("tuple[int, ...] | tuple[Message, ...]", tuple(prompt)),
-        sampling=SamplingParams(
-            max_tokens=options.get("max_tokens", default.max_tokens),
-            temperature=options.get("temperature", default.temperature),
-            top_p=options.get("top_p", default.top_p),
-            top_k=options.get("top_k", default.top_k),
-            seed=options.get("seed", default.seed),
-            ignore_eos=options.get("ignore_eos", default.ignore_eos),
-        ),
+        sampling=_sampling(options),
         steering=SteeringSpec(tuple(interventions)),
         policies=tuple(options.get("policies", ())),
         return_activations=options.get("return_activations", False),
     )
+
+
+def _sampling(options: GenerateOptions) -> SamplingParams:
+    names = {field.name for field in fields(SamplingParams)}
+    given: dict[str, Any] = {name: value for name, value in options.items() if name in names}
+    stop = options.get("stop", ())
+    given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    given["stop_token_ids"] = tuple(options.get("stop_token_ids", ()))
+    return SamplingParams(**given)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -171,9 +172,21 @@ class SteeringSpec:
     interventions: tuple[Intervention, ...] = ()
 
 
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_LENGTH = 1024
+MAX_LOGPROBS = 20
+REPETITION_PENALTY_RANGE = (0.01, 100.0)
+"""No logit that a model gives leaves float32 when it is multiplied or divided by these."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. Temperature 0 is greedy."""
+    """How tokens are drawn and where the response ends; names and meanings are vLLM's. Temperature 0 is greedy.
+
+    The logits are edited (bias, then repetition, frequency and presence penalties), divided by the
+    temperature, and cut by ``min_p``, ``top_k`` and ``top_p`` in this order. The edits count for greedy
+    requests too.
+    """
 
     max_tokens: int = 64
     temperature: float = 1.0
@@ -183,6 +196,24 @@ class SamplingParams:
     seed: int | None = None
     """None: drawn by the engine and reported nowhere; set it to reproduce a response."""
     ignore_eos: bool = False
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the most likely one's probability."""
+    repetition_penalty: float = 1.0
+    """Tokens of prompt and response: a positive logit is divided by it, a negative one multiplied."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit once for each time it is in the response."""
+    presence_penalty: float = 0.0
+    """Taken off a token's logit if it is in the response."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Token id → what to add to its logit."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the response; of those complete at the same character, the longest counts."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the response, besides the model's own end-of-sequence tokens."""
+    include_stop_str_in_output: bool = False
+    """The text ends with the stop string, or the text of the token, that ended it."""
+    logprobs: int | None = None
+    """Report this many of the most likely tokens with each generated one; 0: that one alone; None: nothing."""
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "sampling.max_tokens", self.max_tokens, "an integer >= 1")
@@ -195,6 +226,33 @@ class SamplingParams:
         _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "a number in (0, 1]")
         _require(self.top_k >= 0, "sampling.top_k", self.top_k, "an integer >= 0 (0: no limit)")
         _require(self.seed is None or self.seed >= 0, "sampling.seed", self.seed, "an integer >= 0, or none")
+        _require(0 <= self.min_p <= 1, "sampling.min_p", self.min_p, "a number in [0, 1]")
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "sampling.logprobs",
+            self.logprobs,
+            f"an integer in [0, {MAX_LOGPROBS}], or none",
+        )
+        self._check_logit_edits()
+        self._check_stops()
+
+    def _check_logit_edits(self) -> None:
+        low, high = REPETITION_PENALTY_RANGE
+        expected = f"a number in [{low}, {high}] (1 is none)"
+        penalty = self.repetition_penalty
+        _require(low <= penalty <= high, "sampling.repetition_penalty", penalty, expected)
+        for name in ("frequency_penalty", "presence_penalty"):
+            penalty = getattr(self, name)
+            _require(-2 <= penalty <= 2, f"sampling.{name}", penalty, "a number in [-2, 2]")
+        for token_id, bias in self.logit_bias.items():
+            _require(-100 <= bias <= 100, f"sampling.logit_bias[{token_id}]", bias, "a number in [-100, 100]")
+
+    def _check_stops(self) -> None:
+        expected = f"at most {MAX_STOP_STRINGS} strings"
+        _require(len(self.stop) <= MAX_STOP_STRINGS, "sampling.stop", f"{len(self.stop)} strings", expected)
+        expected = f"1 to {MAX_STOP_STRING_LENGTH} characters"
+        for i, text in enumerate(self.stop):
+            _require(1 <= len(text) <= MAX_STOP_STRING_LENGTH, f"sampling.stop[{i}]", text, expected)
 
 
 @dataclass(frozen=True)
@@ -231,7 +289,7 @@ class FinishReason(StrEnum):
     """Why a response ended."""
 
     STOP = "stop"
-    """The model produced its end-of-sequence token."""
+    """The model produced its end-of-sequence token, a stop token or a stop string."""
     LENGTH = "length"
     """``max_tokens`` were produced."""
     ABORT = "abort"
@@ -294,14 +352,44 @@ class PositionScores:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities where one token was generated.
+
+    They are the (steered) model's own: before bias, penalties, temperature and cuts.
+
+    Attributes:
+        logprob: the generated token's.
+        rank: 1 plus the number of tokens that were more likely than it.
+        top: the most likely tokens and their log-probabilities, descending.
+    """
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+StopReason = str | int
+"""The stop string, or the id of the stop token, that ended a response."""
+
+
+@dataclass(frozen=True)
 class StepOutput:
-    """What one engine step produced for one request; the last one carries the receipt."""
+    """What one engine step produced for one request; the last one carries the receipt.
+
+    Attributes:
+        text: what became final; it can lag behind the tokens, as a character can span tokens, and what
+            may become a stop string is held back.
+        logprobs: one entry for each of ``token_ids``, if the request asked for them.
+        stop_reason: what ended the response; None unless a stop string or a token of ``stop_token_ids`` did.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     text: str
     scores: tuple[PositionScores, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
+    stop_reason: StopReason | None = None
     num_prompt_tokens: int = 0
     receipt: Receipt | None = None
     error: Exception | None = field(default=None, compare=False)

@@ -1,4 +1,4 @@
-"""Turn a growing list of token ids into text, piece by piece."""
+"""Turn a growing list of token ids into text, piece by piece, up to the first stop string."""
 
 from __future__ import annotations
 
@@ -48,3 +48,67 @@ class Detokenizer:
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+class StopStrings:
+    """Ends a text at the first of some strings, wherever the text is cut into pieces.
+
+    The first is the one that is complete first; of those complete at the same character, the longest. Text
+    that may still become a stop string is held back: a reader never sees the beginning of one. With
+    ``include`` the stop string is part of the text, so that nothing needs to be held.
+
+    Each string is followed by a Knuth-Morris-Pratt automaton: a character costs the same however long the
+    strings are.
+
+    Attributes:
+        matched: the string that ended the text.
+    """
+
+    def __init__(self, strings: Sequence[str], include: bool) -> None:
+        self._automata = [_Automaton(text) for text in sorted(strings, key=len, reverse=True)]
+        self._include = include
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, piece: str) -> str:
+        """Add a piece; the text that is now certain."""
+        if not self._automata:
+            return piece
+        if self.matched is not None:
+            return ""
+        text = self._held + piece
+        for end in range(len(self._held) + 1, len(text) + 1):
+            complete = [automaton.text for automaton in self._automata if automaton.advance(text[end - 1])]
+            if complete:
+                self.matched, self._held = complete[0], ""
+                return text[: end if self._include else end - len(complete[0])]
+        num_held = 0 if self._include else max(automaton.num_matched for automaton in self._automata)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+    def finish(self) -> str:
+        """What was held back, when no piece follows."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _Automaton:
+    """The longest beginning of ``text`` that the characters so far end with."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.num_matched = 0
+        # _shorter[n]: the longest proper beginning of text[:n] that text[:n] also ends with.
+        self._shorter = [0, 0]
+        for character in text[1:]:
+            shorter = self._shorter[-1]
+            while shorter and text[shorter] != character:
+                shorter = self._shorter[shorter]
+            self._shorter.append(shorter + (text[shorter] == character))
+
+    def advance(self, character: str) -> bool:
+        """Take one more character; whether ``text`` is complete with it."""
+        while self.num_matched and self.text[self.num_matched] != character:
+            self.num_matched = self._shorter[self.num_matched]
+        self.num_matched += self.text[self.num_matched] == character
+        return self.num_matched == len(self.text)

@@ -17,14 +17,14 @@ from steerserve.engine.detokenizer import Detokenizer
 from steerserve.engine.feature_bank import FeatureBank
 from steerserve.engine.prompts import encode_prompt
 from steerserve.engine.runner import ModelRunner
-from steerserve.engine.sampler import sample
+from steerserve.engine.sampler import DrawnToken, check_token_ids, next_tokens
 from steerserve.engine.sequence import Sequence
 from steerserve.engine.steering_log import SteeringLog
 from steerserve.errors import CapacityError, DetectorError, IncompatibleError, InvalidRequestError, SteerserveError
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.compiler import compile_plan
-from steerserve.types import FinishReason, GenerateRequest, PositionScores, StepOutput
+from steerserve.types import FinishReason, GenerateRequest, PositionScores, StepOutput, TokenLogprobs
 
 GUARD_FAILED = "a policy could not read its activation: not finite, or pushed beyond its SAE's norm by the request"
 
@@ -62,6 +62,7 @@ class Engine:
             CapacityError: the queue or the feature bank is full.
         """
         prompt = encode_prompt(request, self.model, self.config.max_model_len)
+        check_token_ids(request.sampling, self.model.vocab_size)
         plan = compile_plan(request.steering, request.policies, self.catalog)
         detokenizer = Detokenizer(self.model.tokenizer, prompt)
         with self._lock:
@@ -172,28 +173,40 @@ class Engine:
             for row, sequence in enumerate(sequences)
         ]
         sound = [row for row in range(len(sequences)) if row not in failed]
-        params = [sequences[row].request.sampling for row in sound]
-        tokens = sample(logits[sound] if failed else logits, params, [sequences[row].draw_uniform() for row in sound])
-        for row, token in zip(sound, tokens, strict=True):
-            sequences[row].token_ids.append(token)
-        reasons = {row: sequences[row].finish_reason(self.model.eos_token_ids) for row in sound}
-        done = [sequence for row, sequence in enumerate(sequences) if row in failed or reasons[row] is not None]
+        drawn = next_tokens(logits[sound] if failed else logits, [sequences[row].sampler for row in sound])
+        tokens = dict(zip(sound, drawn, strict=True))
+        texts = {row: sequences[row].append(tokens[row].token_id, self.model.eos_token_ids) for row in sound}
+        done = [
+            sequence for row, sequence in enumerate(sequences) if row in failed or sequence.finish_reason is not None
+        ]
         if done:
             log.flush()
             self._leave(done)
         return [
             self._end(sequence, error=failed[row], scores=scores[row])
             if row in failed
-            else self._emit(sequence, reasons[row], scores[row])
+            else self._emit(sequence, tokens[row], texts[row], scores[row])
             for row, sequence in enumerate(sequences)
         ]
 
-    def _emit(self, sequence: Sequence, reason: FinishReason | None, scores: tuple[PositionScores, ...]) -> StepOutput:
-        token = sequence.last_token_id
-        text = sequence.detokenizer.push(token)
-        if reason is not None:
-            return self._end(sequence, reason=reason, token_ids=(token,), text=text, scores=scores)
-        return StepOutput(sequence.request_id, (token,), text, scores, num_prompt_tokens=sequence.num_prompt_tokens)
+    def _emit(self, sequence: Sequence, token: DrawnToken, text: str, scores: tuple[PositionScores, ...]) -> StepOutput:
+        if sequence.finish_reason is None:
+            return StepOutput(
+                request_id=sequence.request_id,
+                token_ids=(token.token_id,),
+                text=text,
+                scores=scores,
+                logprobs=token.logprobs,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+            )
+        return self._end(
+            sequence,
+            reason=sequence.finish_reason,
+            token_ids=(token.token_id,),
+            text=text,
+            scores=scores,
+            logprobs=token.logprobs,
+        )
 
     def _end(
         self,
@@ -203,6 +216,7 @@ class Engine:
         token_ids: tuple[int, ...] = (),
         text: str = "",
         scores: tuple[PositionScores, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> StepOutput:
         """Forget a sequence that holds no row any more; its last output."""
         with self._lock:
@@ -212,9 +226,11 @@ class Engine:
         return StepOutput(
             request_id=sequence.request_id,
             token_ids=token_ids,
-            text=text + sequence.detokenizer.finish(),
+            text=text + sequence.rest_of_text(),
             scores=scores,
+            logprobs=logprobs,
             finish_reason=reason,
+            stop_reason=sequence.stop_reason,
             num_prompt_tokens=sequence.num_prompt_tokens,
             receipt=sequence.tally.receipt(self.model.fingerprint),
             error=error,

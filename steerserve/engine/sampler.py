@@ -1,23 +1,150 @@
-"""Draw the next token of every row; a row's draw depends on its own logits, parameters and number.
+"""Draw the next token of every row; a row's draw depends on its own logits, parameters, tokens and number.
 
 Probabilities are float32; a row is drawn by inverting its cumulative distribution at one uniform number
 from the request's own generator, so a seed reproduces a response whatever runs beside it.
+
+The logits processors of transformers compute the same, but for a batch that shares its parameters and its
+length (padding would count as a token), and they read every token anew at every step. Here a row keeps
+count of its own tokens and touches their logits alone; a row that asks for nothing costs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from steerserve.types import FloatArray, SamplingParams
+from steerserve.errors import InvalidRequestError
+from steerserve.types import FloatArray, SamplingParams, TokenLogprobs
 
 TOP_P_CANDIDATES = (64, 1024)
 """Top-p looks at this many of the most likely tokens, then at more, and at all only where their mass falls short."""
 
 SMALLEST_TEMPERATURE = 1e-6
 """Below it a draw is greedy for any logits that float32 tells apart."""
+
+LARGEST_LOGIT = float(np.finfo(np.float32).max)
+
+
+class LogitEdits:
+    """What one request does to its logits before a draw: bias, then penalties, in vLLM's order."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+        self._params = params
+        self._bias_ids = np.array(list(params.logit_bias), dtype=np.int64)
+        self._bias = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        # The tokens to penalise, each once, in the order they appeared; the arrays have room to grow.
+        self._place: dict[int, int] = {}
+        self._ids = np.zeros(0, dtype=np.int64)
+        self._counts = np.zeros(0, dtype=np.float32)  # in the response
+        if params.repetition_penalty != 1:
+            self._place = {token_id: place for place, token_id in enumerate(dict.fromkeys(prompt))}
+            self._ids = np.array(list(self._place), dtype=np.int64)
+            self._counts = np.zeros(len(self._ids), dtype=np.float32)
+
+    def count(self, token_id: int) -> None:
+        """The response goes on with ``token_id``."""
+        if not penalises(self._params):
+            return
+        place = self._place.setdefault(token_id, len(self._place))
+        if place == len(self._ids):
+            room = place + 64
+            self._ids = np.concatenate([self._ids, np.zeros(room, dtype=np.int64)])
+            self._counts = np.concatenate([self._counts, np.zeros(room, dtype=np.float32)])
+        self._ids[place] = token_id
+        self._counts[place] += 1
+
+    def apply(self, logits: FloatArray) -> None:
+        """Edit one row, ``[vocab]``, in place; what is finite stays finite."""
+        if len(self._bias_ids):
+            logits[self._bias_ids] += self._bias
+        if not self._place:
+            return
+        ids, counts = self._ids[: len(self._place)], self._counts[: len(self._place)]
+        params, edited = self._params, logits[ids]
+        with np.errstate(over="ignore"):
+            edited = np.where(edited > 0, edited / params.repetition_penalty, edited * params.repetition_penalty)
+        edited -= params.frequency_penalty * counts
+        edited -= params.presence_penalty * (counts > 0)
+        logits[ids] = np.clip(edited, -LARGEST_LOGIT, LARGEST_LOGIT)
+
+
+class RowSampler:
+    """How one request draws: its parameters, its random numbers and the tokens that count against it."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+        self.params = params
+        self.edits = LogitEdits(params, prompt) if params.logit_bias or penalises(params) else None
+        self._rng = np.random.Generator(np.random.PCG64(params.seed))
+
+    def draw_uniform(self) -> float:
+        """The number that picks the next token; greedy requests draw none."""
+        return float(self._rng.random()) if self.params.temperature > 0 else 0.0
+
+    def count(self, token_id: int) -> None:
+        """The response goes on with ``token_id``."""
+        if self.edits is not None:
+            self.edits.count(token_id)
+
+
+def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse tokens that the model does not have.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
+    named = [(f"sampling.stop_token_ids[{i}]", token_id) for i, token_id in enumerate(params.stop_token_ids)]
+    named += [(f"sampling.logit_bias[{token_id}]", token_id) for token_id in params.logit_bias]
+    for field, token_id in named:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidRequestError(field, token_id, f"a token id from 0 to {vocab_size - 1}")
+
+
+def penalises(params: SamplingParams) -> bool:
+    """Tokens that were there before weigh differently from the others."""
+    return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1, 0, 0)
+
+
+@dataclass(frozen=True)
+class DrawnToken:
+    """The next token of a row, with its log-probabilities if the row asked for them."""
+
+    token_id: int
+    logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+@torch.inference_mode()
+def next_tokens(logits: torch.Tensor, rows: Sequence[RowSampler]) -> list[DrawnToken]:
+    """The next token of every row.
+
+    Args:
+        logits: ``[B, vocab]`` float32 with a finite maximum in every row; overwritten.
+    """
+    reporting = [row for row, sampler in enumerate(rows) if sampler.params.logprobs is not None]
+    untouched = logits[reporting] if reporting else None
+    for row, sampler in enumerate(rows):
+        if sampler.edits is not None:
+            sampler.edits.apply(logits[row].numpy())
+    tokens = sample(logits, [sampler.params for sampler in rows], [sampler.draw_uniform() for sampler in rows])
+    drawn = [DrawnToken(token) for token in tokens]
+    if untouched is not None:
+        counts = [rows[row].params.logprobs or 0 for row in reporting]
+        for row, entry in zip(reporting, _logprobs(untouched, [tokens[row] for row in reporting], counts), strict=True):
+            drawn[row] = DrawnToken(tokens[row], (entry,))
+    return drawn
+
+
+def _logprobs(logits: torch.Tensor, tokens: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
+    logprobs = logits.log_softmax(dim=-1)
+    own = logprobs.gather(1, torch.tensor(tokens)[:, None])
+    ranks = ((logprobs > own).sum(dim=-1) + 1).tolist()
+    entries = []
+    for row, logprob, rank, count in zip(logprobs, own[:, 0].tolist(), ranks, num_top, strict=True):
+        values, ids = row.topk(min(count, len(row)))
+        entries.append(TokenLogprobs(logprob, rank, tuple(zip(ids.tolist(), values.tolist(), strict=True))))
+    return entries
 
 
 @torch.inference_mode()
@@ -44,6 +171,9 @@ def _draw_all(logits: torch.Tensor, params: Sequence[SamplingParams], uniforms: 
     # In place: the logits of a batch are megabytes, and fresh pages cost more than the arithmetic.
     # Centred before they are scaled: a small temperature would overflow large logits to inf − inf.
     weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(scale[:, None]).exp_()
+    for row, row_params in zip(weights, params, strict=True):
+        if row_params.min_p > 0:
+            row.masked_fill_(row < row_params.min_p, 0)  # the largest weight is 1
     return [
         _draw_filtered(row, row_params.top_k, row_params.top_p, uniform)
         if row_params.top_k or row_params.top_p < 1

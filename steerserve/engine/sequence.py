@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
-import numpy as np
-
-from steerserve.engine.detokenizer import Detokenizer
+from steerserve.engine.detokenizer import Detokenizer, StopStrings
 from steerserve.engine.receipt import Tally
+from steerserve.engine.sampler import RowSampler
 from steerserve.engine.steering_log import SiteEntries, entries_in_phase
 from steerserve.steering.plan import IntArray, Plan
-from steerserve.types import FinishReason, GenerateRequest, Phase
+from steerserve.types import FinishReason, GenerateRequest, Phase, StopReason
 
 
 @dataclass(eq=False)
@@ -22,7 +21,7 @@ class Sequence:
         token_ids: prompt, then response. All but the last response token have been fed to the model
             once the sequence runs.
         prompt_entries, generated_entries: its steering in the kernel's terms, by phase.
-        rng: the request's own generator.
+        finish_reason, stop_reason: why the response ends with its last token, once it does.
     """
 
     request: GenerateRequest
@@ -33,7 +32,10 @@ class Sequence:
     generated_entries: SiteEntries
     tally: Tally
     detokenizer: Detokenizer
-    rng: np.random.Generator
+    stop_strings: StopStrings
+    sampler: RowSampler
+    finish_reason: FinishReason | None = None
+    stop_reason: StopReason | None = None
 
     @classmethod
     def create(
@@ -49,7 +51,8 @@ class Sequence:
             generated_entries=entries_in_phase(plan, slots, Phase.GENERATED),
             tally=Tally(plan),
             detokenizer=detokenizer,
-            rng=np.random.Generator(np.random.PCG64(request.sampling.seed)),
+            stop_strings=StopStrings(request.sampling.stop, request.sampling.include_stop_str_in_output),
+            sampler=RowSampler(request.sampling, prompt),
         )
 
     @property
@@ -72,13 +75,28 @@ class Sequence:
         """Length of the response so far."""
         return len(self.token_ids) - self.num_prompt_tokens
 
-    def draw_uniform(self) -> float:
-        """The number that picks the next token; greedy requests draw none."""
-        return float(self.rng.random()) if self.request.sampling.temperature > 0 else 0.0
+    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> str:
+        """Take the token that was drawn; the text that is now certain. Sees whether the response ends with it."""
+        self.token_ids.append(token_id)
+        self.sampler.count(token_id)
+        self._end_at_token(token_id, eos_token_ids)
+        hidden = self.finish_reason is FinishReason.STOP and not self.request.sampling.include_stop_str_in_output
+        text = "" if hidden else self.stop_strings.push(self.detokenizer.push(token_id))
+        if self.finish_reason is not None:
+            text += self.rest_of_text()
+        if self.stop_strings.matched is not None:
+            self.finish_reason, self.stop_reason = FinishReason.STOP, self.stop_strings.matched
+        return text
 
-    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
-        """Why the response ends with its last token, if it does."""
+    def rest_of_text(self) -> str:
+        """What is left when no token follows: text held back, and bytes that make no character as U+FFFD."""
+        return self.stop_strings.push(self.detokenizer.finish()) + self.stop_strings.finish()
+
+    def _end_at_token(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         sampling = self.request.sampling
-        if self.last_token_id in eos_token_ids and not sampling.ignore_eos:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if self.num_generated_tokens >= sampling.max_tokens else None
+        if token_id in eos_token_ids and not sampling.ignore_eos:
+            self.finish_reason = FinishReason.STOP
+        elif token_id in sampling.stop_token_ids:
+            self.finish_reason, self.stop_reason = FinishReason.STOP, token_id
+        elif self.num_generated_tokens >= sampling.max_tokens:
+            self.finish_reason = FinishReason.LENGTH

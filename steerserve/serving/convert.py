@@ -47,6 +47,8 @@ def request_from_proto(message: RequestMessage) -> GenerateRequest:
     """
     _refuse_too_many(len(message.steering.interventions), "steering.interventions")
     _refuse_too_many(len(message.messages.messages), "messages.messages")
+    for name in ("logit_bias", "stop", "stop_token_ids"):
+        _refuse_too_many(len(getattr(message.sampling, name)), f"sampling.{name}")
     refuse_unknown_fields(message)
     # Every piece of a stream repeats the id.
     expected = f"at most {MAX_REQUEST_ID_LENGTH} characters"
@@ -132,17 +134,9 @@ def _prompt_from_proto(message: RequestMessage) -> Prompt:
 
 
 def _request_to_proto(request: GenerateRequest, message_type: type[RequestT]) -> RequestT:
-    sampling = request.sampling
     message = message_type(
         request_id=request.request_id,
-        sampling=generation_pb2.SamplingParams(
-            max_tokens=bounded(sampling.max_tokens, "sampling.max_tokens", *_INT32),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=bounded(sampling.top_k, "sampling.top_k", *_INT32),
-            seed=sampling.seed if sampling.seed is None else bounded(sampling.seed, "sampling.seed", *_INT64),
-            ignore_eos=sampling.ignore_eos,
-        ),
+        sampling=_sampling_to_proto(request.sampling),
         steering=steering_pb2.SteeringSpec(
             interventions=[
                 intervention_to_proto(intervention, f"steering.interventions[{i}]")
@@ -173,16 +167,39 @@ def _write_prompt(prompt: Prompt, message: RequestMessage) -> None:
         message.token_ids.CopyFrom(token_ids)
 
 
-def _sampling_from_proto(message: generation_pb2.SamplingParams) -> SamplingParams:
-    default = SamplingParams()
-    return SamplingParams(
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else default.max_tokens,
-        temperature=message.temperature if message.HasField("temperature") else default.temperature,
-        top_p=message.top_p if message.HasField("top_p") else default.top_p,
-        top_k=message.top_k,
-        seed=message.seed if message.HasField("seed") else None,
-        ignore_eos=message.ignore_eos,
+def _sampling_to_proto(sampling: SamplingParams) -> generation_pb2.SamplingParams:
+    return generation_pb2.SamplingParams(
+        max_tokens=bounded(sampling.max_tokens, "sampling.max_tokens", *_INT32),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=bounded(sampling.top_k, "sampling.top_k", *_INT32),
+        seed=sampling.seed if sampling.seed is None else bounded(sampling.seed, "sampling.seed", *_INT64),
+        ignore_eos=sampling.ignore_eos,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias={
+            bounded(token_id, f"sampling.logit_bias[{token_id}]", *_UINT32): bias
+            for token_id, bias in sampling.logit_bias.items()
+        },
+        stop=sampling.stop,
+        stop_token_ids=[
+            bounded(token_id, f"sampling.stop_token_ids[{i}]", *_UINT32)
+            for i, token_id in enumerate(sampling.stop_token_ids)
+        ],
+        include_stop_str_in_output=sampling.include_stop_str_in_output,
+        logprobs=sampling.logprobs,
     )
+
+
+def _sampling_from_proto(message: generation_pb2.SamplingParams) -> SamplingParams:
+    # Both sides use the same names; what was left out is not listed and takes the default of the types.
+    given = {descriptor.name: value for descriptor, value in message.ListFields()}
+    for name, plain in (("logit_bias", dict), ("stop", tuple), ("stop_token_ids", tuple)):
+        if name in given:
+            given[name] = plain(given[name])
+    return SamplingParams(**given)
 
 
 def _target_from_proto(message: steering_pb2.Intervention, path: str) -> Target:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from steerserve.types import FinishReason, InterventionReceipt, PositionScores, Receipt, Site, StepOutput, Stream
+from steerserve.types import (
+    FinishReason,
+    InterventionReceipt,
+    PositionScores,
+    Receipt,
+    Site,
+    StepOutput,
+    StopReason,
+    Stream,
+    TokenLogprobs,
+)
 from steerserve.v1 import generation_pb2, receipt_pb2
 
 if TYPE_CHECKING:  # torch: a client needs none
@@ -25,6 +35,7 @@ def response_to_proto(outputs: Sequence[StepOutput]) -> generation_pb2.GenerateR
         text="".join(output.text for output in outputs),
         token_ids=generation_pb2.TokenIds(ids=token_ids),
         scores=[scores for output in outputs for scores in _scores_to_proto(output.scores)],
+        logprobs=[entry for output in outputs for entry in _logprobs_to_proto(output.logprobs)],
         finish_info=_finish_to_proto(outputs[-1], len(token_ids)),
     )
 
@@ -36,6 +47,7 @@ def step_to_proto(output: StepOutput, num_generated_tokens: int) -> generation_p
         text=output.text,
         token_ids=generation_pb2.TokenIds(ids=output.token_ids),
         scores=_scores_to_proto(output.scores),
+        logprobs=_logprobs_to_proto(output.logprobs),
         finish_info=None if output.finish_reason is None else _finish_to_proto(output, num_generated_tokens),
     )
 
@@ -51,7 +63,12 @@ def output_from_proto(message: generation_pb2.GenerateStreamResponse | generatio
         scores=tuple(
             PositionScores(scores.position, np.array(scores.scores, dtype=np.float32)) for scores in message.scores
         ),
+        logprobs=tuple(
+            TokenLogprobs(entry.logprob, entry.rank, tuple((top.token_id, top.logprob) for top in entry.top))
+            for entry in message.logprobs
+        ),
         finish_reason=_FINISH_REASONS[finish.finish_reason] if finished else None,
+        stop_reason=_stop_reason_from_proto(finish),
         num_prompt_tokens=finish.num_prompt_tokens,
         receipt=receipt_from_proto(finish.receipt) if finish.HasField("receipt") else None,
     )
@@ -127,12 +144,39 @@ def model_info_to_proto(engine: Engine) -> generation_pb2.GetModelInfoResponse:
 
 def _finish_to_proto(output: StepOutput, num_generated_tokens: int) -> generation_pb2.FinishInfo:
     assert output.finish_reason is not None, "only the last output of a request ends it"
-    return generation_pb2.FinishInfo(
+    message = generation_pb2.FinishInfo(
         finish_reason=generation_pb2.FinishReason.Value(f"FINISH_REASON_{output.finish_reason.name}"),
         num_prompt_tokens=output.num_prompt_tokens,
         num_generated_tokens=num_generated_tokens,
         receipt=None if output.receipt is None else receipt_to_proto(output.receipt),
     )
+    match output.stop_reason:
+        case str(stop_string):
+            message.stop_string = stop_string
+        case int(token_id):
+            message.stop_token_id = token_id
+    return message
+
+
+def _stop_reason_from_proto(message: generation_pb2.FinishInfo) -> StopReason | None:
+    match message.WhichOneof("stop_reason"):
+        case "stop_string":
+            return message.stop_string
+        case "stop_token_id":
+            return message.stop_token_id
+        case _:
+            return None
+
+
+def _logprobs_to_proto(logprobs: Iterable[TokenLogprobs]) -> list[generation_pb2.TokenLogprobs]:
+    return [
+        generation_pb2.TokenLogprobs(
+            logprob=entry.logprob,
+            rank=entry.rank,
+            top=[generation_pb2.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in entry.top],
+        )
+        for entry in logprobs
+    ]
 
 
 def _scores_to_proto(scores: Iterable[PositionScores]) -> list[receipt_pb2.PositionScores]:

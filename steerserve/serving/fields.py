@@ -50,7 +50,7 @@ def refuse_unknown_fields(message: ProtoMessage, path: str = "") -> None:
         number = unknown[0].field_number
         raise InvalidRequestError(path or "request", f"field number {number}", "only fields this server knows")
     for descriptor, value in message.ListFields():
-        if descriptor.message_type is None:
+        if descriptor.message_type is None or descriptor.message_type.GetOptions().map_entry:
             continue
         name = f"{path}.{descriptor.name}" if path else descriptor.name
         if descriptor.is_repeated:

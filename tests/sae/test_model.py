@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,15 @@ def test_any_subset_of_features_encodes_as_the_whole_does(apply_b_dec_to_input: 
     f = torch.where((pre > threshold) & (x.norm(dim=1, keepdim=True) <= max_norm), pre, 0.0)
     torch.testing.assert_close(f, sae.encode(x)[:, subset], rtol=1e-5, atol=1e-5)
     assert torch.equal(W_dec, sae.W_dec[subset])
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_encoder_columns_lie_in_one_piece_however_they_were_given(transposed: bool) -> None:
+    given = torch.randn(D_IN, D_SAE, generator=torch.Generator().manual_seed(5))
+    sae = replace(random_sae(), W_enc=given.T.contiguous().T if transposed else given)
+    assert torch.equal(sae.W_enc, given)
+    assert sae.W_enc.T.is_contiguous()
+    assert replace(sae, name="other").W_enc.data_ptr() == sae.W_enc.data_ptr()  # no copy where it already is so
 
 
 def test_a_feature_at_its_threshold_is_off() -> None:

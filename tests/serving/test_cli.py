@@ -45,6 +45,17 @@ def test_generate_streams_text_to_stdout_and_the_receipt_to_stderr(server, tiny,
         assert expected in result.stderr
 
 
+def test_generate_passes_on_how_to_draw_and_where_to_stop(server, tiny, tokenizer) -> None:
+    steer = ["--steer", "tiny-sae/4=clamp_always:1x"]
+    piece = tokenizer.decode([tiny.feature_token[4]])
+    options = ["--target", server.address, "--temperature", "0", "--min-p", "0.1", "--repetition-penalty", "1.1"]
+    stop = ["--frequency-penalty", "0.1", "--presence-penalty", "0.1", "--stop", "no such text", "--stop", piece * 2]
+    result = run("generate", "Hello", *steer, *options, *stop, "--max-tokens", "9")
+    assert result.exit_code == 0
+    assert result.stdout == "\n"
+    assert run("generate", "Hello", *steer, *options, "--max-tokens", "9").stdout == piece * 9 + "\n"
+
+
 def test_generate_sends_a_direction_from_a_file(server, tiny, tokenizer, tmp_path) -> None:
     np.save(tmp_path / "calm.npy", tiny.unembedding[700].numpy())
     steer = f"direction:{tmp_path / 'calm.npy'}@{tiny.site}=add:1000"

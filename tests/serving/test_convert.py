@@ -23,10 +23,20 @@ from steerserve import (
     SteeringSpec,
     Unit,
 )
+from steerserve.client import GenerateOptions
+from steerserve.errors import InvalidRequestError
 from steerserve.serving.convert import request_from_proto, request_to_proto
 from steerserve.serving.convert_response import output_from_proto, response_to_proto, step_to_proto
 from steerserve.serving.fields import proto_field
-from steerserve.types import FinishReason, GenerateRequest, InterventionReceipt, PositionScores, StepOutput, Stream
+from steerserve.types import (
+    FinishReason,
+    GenerateRequest,
+    InterventionReceipt,
+    PositionScores,
+    StepOutput,
+    Stream,
+    TokenLogprobs,
+)
 from steerserve.v1 import generation_pb2 as pb
 from steerserve.v1 import steering_pb2
 
@@ -54,6 +64,15 @@ samplings = st.builds(
     top_k=st.integers(0, 2**31 - 1),
     seed=st.none() | st.integers(0, 2**63 - 1),
     ignore_eos=st.booleans(),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.01, 100),
+    frequency_penalty=st.floats(-2, 2),
+    presence_penalty=st.floats(-2, 2),
+    logit_bias=st.dictionaries(uint32, st.floats(-100, 100), max_size=3),
+    stop=st.lists(st.text(min_size=1, max_size=5), max_size=3).map(tuple),
+    stop_token_ids=st.lists(uint32, max_size=3).map(tuple),
+    include_stop_str_in_output=st.booleans(),
+    logprobs=st.none() | st.integers(0, 20),
 )
 prompts = st.one_of(
     st.text(),
@@ -90,18 +109,20 @@ receipts = st.builds(
     ).map(tuple),
     steered=st.booleans(),
 )
+logprobs = st.builds(TokenLogprobs, float32s, uint32, st.lists(st.tuples(uint32, float32s), max_size=3).map(tuple))
 pieces = st.builds(
     StepOutput,
     request_id=names,
     token_ids=st.lists(uint32).map(tuple),
     text=st.text(),
     scores=st.lists(st.builds(PositionScores, uint32, vectors), max_size=3).map(tuple),
+    logprobs=st.lists(logprobs, max_size=3).map(tuple),
 )
 last_pieces = st.builds(
-    lambda piece, reason, count, receipt: dataclasses.replace(
-        piece, finish_reason=reason, num_prompt_tokens=count, receipt=receipt
+    lambda piece, reason, stop, count, receipt: dataclasses.replace(
+        piece, finish_reason=reason, stop_reason=stop, num_prompt_tokens=count, receipt=receipt
     ),
-    pieces, st.sampled_from(FinishReason), uint32, receipts,
+    pieces, st.sampled_from(FinishReason), st.none() | st.text() | uint32, uint32, receipts,
 )  # fmt: skip
 
 
@@ -111,6 +132,8 @@ def comparable(value: object) -> object:
         return (value.dtype.str, value.tobytes())
     if dataclasses.is_dataclass(value):
         return (type(value), *(comparable(getattr(value, field.name)) for field in dataclasses.fields(value)))
+    if isinstance(value, float):
+        return np.float64(value).tobytes()
     if isinstance(value, tuple):
         return tuple(comparable(item) for item in value)
     return value
@@ -141,6 +164,8 @@ def test_a_response_is_its_pieces_joined(some, last) -> None:
     assert whole.text == "".join(output.text for output in outputs)
     assert whole.token_ids == tuple(token for output in outputs for token in output.token_ids)
     assert comparable(whole.scores) == comparable(tuple(at for output in outputs for at in output.scores))
+    assert comparable(whole.logprobs) == comparable(tuple(entry for output in outputs for entry in output.logprobs))
+    assert whole.stop_reason == last.stop_reason
     assert message.finish_info.num_generated_tokens == len(whole.token_ids)
     assert comparable(whole.receipt) == comparable(last.receipt)
 
@@ -156,6 +181,25 @@ def test_the_documented_defaults_are_those_of_the_types() -> None:
     """generation.proto states them in words."""
     assert (SamplingParams().max_tokens, SamplingParams().temperature, SamplingParams().top_p) == (64, 1.0, 1.0)
     assert (SamplingParams().top_k, SamplingParams().seed, SamplingParams().ignore_eos) == (0, None, False)
+    assert (SamplingParams().min_p, SamplingParams().repetition_penalty) == (0.0, 1.0)
+    assert (SamplingParams().frequency_penalty, SamplingParams().presence_penalty) == (0.0, 0.0)
+    assert (SamplingParams().logit_bias, SamplingParams().stop, SamplingParams().stop_token_ids) == ({}, (), ())
+    assert (SamplingParams().include_stop_str_in_output, SamplingParams().logprobs) == (False, None)
+
+
+def test_every_sampling_parameter_is_on_the_wire_and_in_the_client() -> None:
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert {field.name for field in pb.SamplingParams.DESCRIPTOR.fields} == names
+    assert names <= GenerateOptions.__annotations__.keys()
+
+
+def test_a_bias_on_the_wire_is_known_and_a_field_beside_it_is_not() -> None:
+    sent = pb.GenerateRequest(text="x", sampling=pb.SamplingParams(logit_bias={5: 1.5}))
+    assert request_from_proto(sent).sampling.logit_bias == {5: 1.5}
+    unknown = pb.SamplingParams.FromString(sent.sampling.SerializeToString() + b"\xf8\x01\x01")  # field 31
+    sent.sampling.CopyFrom(unknown)
+    with pytest.raises(InvalidRequestError, match=r"^sampling: got 'field number 31'"):
+        request_from_proto(sent)
 
 
 @pytest.mark.parametrize(

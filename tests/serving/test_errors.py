@@ -53,6 +53,31 @@ CASES = {
     "top_p above 1": ({"sampling": pb.SamplingParams(top_p=1.5)}, INVALID, "sampling.top_p"),
     "negative top_k": ({"sampling": pb.SamplingParams(top_k=-1)}, INVALID, "sampling.top_k"),
     "negative seed": ({"sampling": pb.SamplingParams(seed=-1)}, INVALID, "sampling.seed"),
+    "min_p above 1": ({"sampling": pb.SamplingParams(min_p=1.5)}, INVALID, "sampling.min_p"),
+    "explicit zero repetition_penalty": (
+        {"sampling": pb.SamplingParams(repetition_penalty=0)}, INVALID, "sampling.repetition_penalty",
+    ),
+    "NaN penalty": ({"sampling": pb.SamplingParams(frequency_penalty=np.nan)}, INVALID, "sampling.frequency_penalty"),
+    "presence_penalty below -2": (
+        {"sampling": pb.SamplingParams(presence_penalty=-3)}, INVALID, "sampling.presence_penalty",
+    ),
+    "bias out of range": (
+        {"sampling": pb.SamplingParams(max_tokens=1, logit_bias={3: 1, 7: 101})}, INVALID, "sampling.logit_bias[7]",
+    ),
+    "bias for an unknown token": (
+        {"sampling": pb.SamplingParams(max_tokens=1, logit_bias={10**6: 1})}, INVALID, "sampling.logit_bias[1000000]",
+    ),
+    "too many biases": (
+        {"sampling": pb.SamplingParams(logit_bias=dict.fromkeys(range(4097), 1.0))}, INVALID, "sampling.logit_bias",
+    ),
+    "empty stop string": ({"sampling": pb.SamplingParams(stop=["a", ""])}, INVALID, "sampling.stop[1]"),
+    "overlong stop string": ({"sampling": pb.SamplingParams(stop=["x" * 1025])}, INVALID, "sampling.stop[0]"),
+    "too many stop strings": ({"sampling": pb.SamplingParams(stop=["x"] * 65)}, INVALID, "sampling.stop"),
+    "unknown stop token": (
+        {"sampling": pb.SamplingParams(max_tokens=1, stop_token_ids=[2, 10**6])}, INVALID, "sampling.stop_token_ids[1]",
+    ),
+    "too many logprobs": ({"sampling": pb.SamplingParams(logprobs=21)}, INVALID, "sampling.logprobs"),
+    "negative logprobs": ({"sampling": pb.SamplingParams(logprobs=-1)}, INVALID, "sampling.logprobs"),
     "overlong id": ({"request_id": "x" * 129}, INVALID, "request_id"),
     "unknown policy": ({"policies": ["mood", "nope"]}, INVALID, "policies[1]"),
     "unknown version": ({"policies": ["mood@2"]}, INVALID, "policies[0]"),
@@ -203,6 +228,8 @@ def test_the_client_raises_what_the_server_raised(client, steer, expected, field
     [
         ({"seed": 2**63}, "sampling.seed"),
         ({"max_tokens": 2**31}, "sampling.max_tokens"),
+        ({"logit_bias": {-1: 2.0}}, "sampling.logit_bias[-1]"),
+        ({"stop_token_ids": [2, 2**32]}, "sampling.stop_token_ids[1]"),
         ({"request_id": "\ud800"}, "request"),
     ],
 )

@@ -169,6 +169,58 @@ def test_finish_reasons(client, tiny) -> None:
     assert (ignored.finish_reason, ignored.token_ids) == (FinishReason.LENGTH, (2,) * 5)
 
 
+def test_a_stop_string_is_never_streamed(client) -> None:
+    free = client.generate(PROMPT, seed=5, max_tokens=24, ignore_eos=True)
+    first_word = len(client.generate(PROMPT, seed=5, max_tokens=1, ignore_eos=True).text)
+    stop = free.text[first_word - 1 : first_word + 2]  # from one token into the next
+    options = {"seed": 5, "max_tokens": 24, "ignore_eos": True, "stop": ["no such text", stop]}
+    reply = client.generate(PROMPT, **options)
+    pieces = list(client.generate_stream(PROMPT, **options))
+    assert reply.text == "".join(piece.text for piece in pieces) == free.text[: free.text.find(stop)]
+    assert (reply.finish_reason, reply.stop_reason) == (FinishReason.STOP, stop)
+    assert [piece.stop_reason for piece in pieces] == [None] * (len(pieces) - 1) + [stop]
+    assert 1 < len(reply.token_ids) < 24
+    assert reply.token_ids == free.token_ids[: len(reply.token_ids)]
+    shown = client.generate(PROMPT, **(options | {"stop": stop}), include_stop_str_in_output=True)
+    assert shown.text == reply.text + stop
+
+
+def test_a_stop_token_is_named(client, tiny) -> None:
+    token = tiny.feature_token[3]
+    reply = client.generate(PROMPT, steer=[feature(3)], temperature=0, max_tokens=5, stop_token_ids=[7, token])
+    assert (reply.token_ids, reply.text) == ((token,), "")
+    assert (reply.finish_reason, reply.stop_reason) == (FinishReason.STOP, token)
+
+
+def test_logprobs_come_with_every_token_streamed_or_not(client, tiny, tokenizer) -> None:
+    token_ids = tokenizer(PROMPT)["input_ids"]
+    options = {"seed": 2, "max_tokens": 8, "ignore_eos": True, "temperature": 0.7, "logprobs": 3}
+    reply = client.generate(PROMPT, **options)
+    streamed = list(client.generate_stream(PROMPT, **options))
+    assert tuple(entry for piece in streamed for entry in piece.logprobs) == reply.logprobs
+    assert [len(piece.logprobs) for piece in streamed] == [1] * 8
+    model = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*token_ids, *reply.token_ids]])).logits[0, len(token_ids) - 1 : -1]
+    expected = logits.double().log_softmax(dim=-1).numpy()
+    for entry, row, token in zip(reply.logprobs, expected, reply.token_ids, strict=True):
+        assert entry.logprob == pytest.approx(row[token], abs=1e-3)
+        assert [value for _, value in entry.top] == pytest.approx(np.sort(row)[::-1][:3], abs=1e-3)
+    assert client.generate(PROMPT, max_tokens=1).logprobs == ()
+
+
+def test_bias_and_penalties_reach_the_draw(client) -> None:
+    """A steered model gives the same two tokens everywhere; a bias takes the second to just below the first."""
+    options = {"steer": [feature(3)], "temperature": 0, "max_tokens": 4}
+    (first, best), (second, next_best) = client.generate(PROMPT, **options, logprobs=2).logprobs[0].top
+    options["logit_bias"] = {second: best - next_best - 0.5}
+    assert set(client.generate(PROMPT, **options).token_ids) == {first}
+    for penalty in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"repetition_penalty": 1.5}):
+        assert set(client.generate(PROMPT, **options, **penalty).token_ids) == {first, second}
+    greedy = client.generate(PROMPT, temperature=0, max_tokens=6).token_ids
+    assert client.generate(PROMPT, seed=1, min_p=1.0, max_tokens=6).token_ids == greedy
+
+
 def test_model_info_names_what_requests_can_name(client, tiny, server) -> None:
     info = client.get_model_info()
     assert (info.model_name, info.d_model, info.n_layers, info.max_model_len) == ("tiny-llama", 64, 3, 1 << 15)

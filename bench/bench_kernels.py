@@ -21,24 +21,25 @@ dependencies: `pip install -e '.[bench]'`; its column stays empty without it.
 from __future__ import annotations
 
 import argparse
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from measure import machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from steerserve.config import EngineConfig
 from steerserve.engine.runner import ModelRunner
 from steerserve.kernels.head_scale import head_scale_
-from steerserve.kernels.native import C
 from steerserve.kernels.sae_decode import sae_decode
 from steerserve.kernels.sae_encode import SparseFeatures, sae_encode
 from steerserve.kernels.sae_splice import sae_splice_
@@ -328,13 +329,14 @@ def decode_step_table() -> Table:
     model = load_model(str(pull("smollm2-135m-instruct")), torch.bfloat16)
     table = Table("B", "decode step, ms", "steer_delta, µs", "share", title="64 features a row at one layer of SmolLM2")
     for num_rows in (1, 16):
-        runner = ModelRunner(model, num_rows, 128)
+        runner = ModelRunner(model, EngineConfig(max_num_seqs=num_rows, max_model_len=128), sites=[])
         sae = RandomSAE.make(model.d_model, 64 * num_rows, torch.float32)
         _, steer, _ = delta_case(sae, torch.randn(num_rows, model.d_model).bfloat16())
-        tokens, positions = [1] * num_rows, [64] * num_rows
-
-        def step(runner: ModelRunner = runner, tokens: list[int] = tokens, positions: list[int] = positions) -> object:
-            return runner.decode(tokens, positions, {})
+        tokens, positions, rows = [1] * num_rows, [64] * num_rows, list(range(num_rows))
+        num_blocks = runner.kv_store.block_table.shape[1]
+        for row in rows:
+            runner.set_blocks(row, 0, range(row * num_blocks, (row + 1) * num_blocks))
+        step = partial(runner.forward, tokens, positions, rows, logits_at=rows)
 
         step_time, steer_time = (statistics.median(seconds) for seconds in timed([step, steer]))
         table.add_row(
@@ -342,15 +344,6 @@ def decode_step_table() -> Table:
         )
         runner.close()
     return table
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        [text for text in cpuinfo.read_text().splitlines() if text.startswith("model name")] if cpuinfo.exists() else []
-    )
-    cpu = names[0].partition(":")[2].strip() if names else platform.processor()
-    return f"{cpu}, {C.simd_level()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def main() -> None:

@@ -186,4 +186,57 @@ struct HeadScaleArgs {
   float* z_norm;  // out [nnz]: |z[n, head, :]| before the entry
 };
 
+// linear: out = x · weightᵀ + bias, summed in float32 and rounded once. All four have one type, float32 or bfloat16.
+//
+// An element of out is summed in an order fixed by d_in and d_out alone: a row has the same bits alone, in any batch,
+// at any place of it and on any number of threads.
+struct LinearArgs {
+  const void* x;  // [num_rows, d_in]
+  DType type;
+  int64_t x_row_stride, num_rows, d_in;
+  const void* weight;  // [d_out, d_in]
+  const void* bias;    // [d_out] or null
+  void* out;           // out [num_rows, d_out]
+  int64_t d_out;
+};
+
+// The KV cache of one layer, and where the tokens of the running step belong. Position p of row r lies in block
+// block_table[r, p / block_size], at p % block_size.
+struct AttentionState {
+  void *k_cache, *v_cache;  // [num_blocks, num_kv_heads, block_size, d_head]
+  DType type;
+  int64_t num_blocks, num_kv_heads, block_size, d_head;
+  const int32_t* block_table;  // [num_rows, max_blocks]
+  int64_t num_rows, max_blocks;
+  const int32_t *row, *position;  // [max_tokens]: of each token of the step
+  int64_t max_tokens;
+};
+
+// A tensor [num_tokens, heads, d_head] whose tokens and heads may lie apart.
+struct HeadsView {
+  const void* data;
+  int64_t token_stride, head_stride;
+};
+
+// attend: causal attention of a flat batch of tokens over a paged KV cache.
+//
+// First k and v of every token n are written to the cache at (row[n], position[n]). Then for every head h, which reads
+// KV head h / (num_heads / num_kv_heads), over the visible positions p of its row, p <= position[n] and, with a window,
+// p > position[n] - window:
+//
+//     s_p = scale · q[n, h] · k_p;   with a softcap c: s_p <- c · tanh(s_p / c)
+//     out[n, h] = Σ_p exp(s_p) v_p / Σ_p exp(s_p)
+//
+// in float32, rounded once. Positions are taken in order, in tiles counted from position 0, so that a token's bits
+// depend on its q and on the visible part of its row alone: neither on how a prompt was cut into steps nor on
+// neighbours or threads. What is not visible is not read. A (row, position) may occur once in a step.
+struct AttendArgs {
+  AttentionState state;
+  HeadsView q, k, v;
+  int64_t num_tokens, num_heads;
+  float scale, softcap;  // softcap 0: none
+  int64_t window;        // 0: none
+  void* out;             // out [num_tokens, num_heads, d_head]
+};
+
 }  // namespace steerserve

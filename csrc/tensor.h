@@ -129,15 +129,21 @@ class Tensor {
       wrong(name, "a view of negated memory", "memory that holds the values themselves, as resolve_neg() gives");
   }
 
+  Tensor(const char* name, const DLTensor& view) : name_(name), view_(view) {}
+
   const char* name() const { return name_; }
   DLDevice device() const { return view_.device; }
   int64_t size(int axis) const { return view_.shape[axis]; }
+  int64_t stride(int axis) const { return view_.strides[axis]; }
   int64_t row_stride() const { return view_.strides[0]; }
+  int ndim() const { return view_.ndim; }
+  const int64_t* sizes() const { return view_.shape; }
+  std::string shape() const { return "shape " + as_tuple(view_.shape, view_.ndim); }
   int64_t numel() const { return count(0); }
 
   // The tensor has these dimensions; their sizes define what the others must have.
   const Tensor& dims(const char* names, int ndim) const {
-    if (view_.ndim != ndim) wrong(name_, "shape " + as_tuple(view_.shape, view_.ndim), names);
+    if (view_.ndim != ndim) wrong(name_, shape(), names);
     return *this;
   }
 
@@ -169,7 +175,7 @@ class Tensor {
     const auto size = static_cast<int32_t>(expected.size());
     bool same = view_.ndim == size;
     for (int32_t i = 0; same && i < size; ++i) same = view_.shape[i] == expected.begin()[i];
-    if (!same) wrong(name_, "shape " + as_tuple(view_.shape, view_.ndim), as_tuple(expected.begin(), size));
+    if (!same) wrong(name_, shape(), as_tuple(expected.begin(), size));
   }
 
   // Elements lie side by side from axis `first` on.

@@ -1,6 +1,8 @@
 // The kernels of one instruction set, as a table; kernels_<isa>.cpp compiles it once for each.
 #pragma once
 
+#include "cpu/attend.h"
+#include "cpu/linear.h"
 #include "cpu/sae_encode.h"
 #include "cpu/sae_splice.h"
 #include "ops.h"
@@ -14,6 +16,8 @@ struct Kernels {
   void (*splice_columns)(const SaeSpliceArgs& args, const SpliceRow& row, int64_t i, int64_t begin, int64_t end,
                          float* sum);
   void (*scale_heads)(const HeadScaleArgs& args, int64_t row);
+  LinearKernel linear;
+  AttendKernel attend;
 };
 
 // Those of the level in use (see simd.h).

@@ -12,5 +12,7 @@ void launch(const SaeEncodeArgs& args, int num_threads);
 void launch(const SaeDecodeArgs& args, int num_threads);
 void launch(const SaeSpliceArgs& args, int num_threads);
 void launch(const HeadScaleArgs& args, int num_threads);
+void launch(const LinearArgs& args, int num_threads);
+void launch(const AttendArgs& args, int num_threads);
 
 }  // namespace steerserve

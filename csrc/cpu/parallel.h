@@ -15,6 +15,20 @@ inline int team_size(int64_t num_multiply_adds, int num_threads) {
   return num_multiply_adds < kMinWorkForThreads ? 1 : num_threads;
 }
 
+// body(thread, size) on every thread of a team of at most `team`, all at the same time. It may not throw.
+template <class Body>
+void run_team(int team, Body body) {
+  if (team == 1) return body(0, 1);  // the runtime would allocate a team even for one thread
+#pragma omp parallel num_threads(team)
+  body(omp_get_thread_num(), omp_get_num_threads());
+}
+
+// Within run_team: until all threads have come here.
+inline void wait_for_team(int size) {
+  if (size == 1) return;
+#pragma omp barrier
+}
+
 // body(task, thread) for every task below `num_tasks`. Tasks are unequal, so they are handed out in small batches of
 // neighbours, which a thread does in order.
 template <class Body>

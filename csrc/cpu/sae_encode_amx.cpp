@@ -2,6 +2,7 @@
 
 namespace steerserve {
 
-extern const EncodeKernel encode_kernel_amx{kGranule, kGranule, interleaved_size, interleave_rows, encode_features};
+extern const EncodeKernel encode_kernel_amx{
+    {kGranule, kGranule, interleaved_size}, pack_for_amx, encode_features_with_amx};
 
 }  // namespace steerserve

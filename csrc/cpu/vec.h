@@ -7,7 +7,8 @@
 //
 // Memory holds float or bfloat16; arithmetic is float: load widens. Bit i of greater(a, b) tells whether a[i] > b[i],
 // of unordered(a, b) whether either is NaN. load(p, count) reads the first `count` < width elements and sets the others
-// to zero; store(p, count) likewise writes only those. Neither touches memory beyond them.
+// to zero; store(p, count) likewise writes only those. Neither touches memory beyond them. greatest(a, b) is b where
+// either is NaN. add_exponent(a, b) is a · 2ⁿ where b is n + 1.5 · 2²³, the float in which a rounded n lies as bits.
 #pragma once
 
 #include <cstdint>
@@ -83,6 +84,14 @@ struct VecScalar {
   void store(float*, int64_t) const {}
   float sum() const { return v; }
   friend VecScalar operator+(VecScalar a, VecScalar b) { return {a.v + b.v}; }
+  friend VecScalar operator-(VecScalar a, VecScalar b) { return {a.v - b.v}; }
+  friend VecScalar operator*(VecScalar a, VecScalar b) { return {a.v * b.v}; }
+  friend VecScalar operator/(VecScalar a, VecScalar b) { return {a.v / b.v}; }
+  friend VecScalar greatest(VecScalar a, VecScalar b) { return {a.v > b.v ? a.v : b.v}; }
+  friend VecScalar add_exponent(VecScalar a, VecScalar b) {
+    const uint32_t n = __builtin_bit_cast(uint32_t, b.v) << 23;
+    return {__builtin_bit_cast(float, __builtin_bit_cast(uint32_t, a.v) + n)};
+  }
   friend VecScalar multiply_add(VecScalar a, VecScalar b, VecScalar c) { return {a.v * b.v + c.v}; }
   friend uint32_t greater(VecScalar a, VecScalar b) { return a.v > b.v; }
   friend uint32_t unordered(VecScalar a, VecScalar b) { return __builtin_isunordered(a.v, b.v); }
@@ -112,6 +121,14 @@ struct VecAvx2 {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
   }
   friend VecAvx2 operator+(VecAvx2 a, VecAvx2 b) { return {_mm256_add_ps(a.v, b.v)}; }
+  friend VecAvx2 operator-(VecAvx2 a, VecAvx2 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+  friend VecAvx2 operator*(VecAvx2 a, VecAvx2 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+  friend VecAvx2 operator/(VecAvx2 a, VecAvx2 b) { return {_mm256_div_ps(a.v, b.v)}; }
+  friend VecAvx2 greatest(VecAvx2 a, VecAvx2 b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend VecAvx2 add_exponent(VecAvx2 a, VecAvx2 b) {
+    const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(b.v), 23);
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), n))};
+  }
   friend VecAvx2 multiply_add(VecAvx2 a, VecAvx2 b, VecAvx2 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   friend uint32_t unordered(VecAvx2 a, VecAvx2 b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)));
@@ -141,6 +158,14 @@ struct VecAvx512 {
   void store(float* p, int64_t count) const { _mm512_mask_storeu_ps(p, mask(count), v); }
   float sum() const { return _mm512_reduce_add_ps(v); }
   friend VecAvx512 operator+(VecAvx512 a, VecAvx512 b) { return {_mm512_add_ps(a.v, b.v)}; }
+  friend VecAvx512 operator-(VecAvx512 a, VecAvx512 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+  friend VecAvx512 operator*(VecAvx512 a, VecAvx512 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+  friend VecAvx512 operator/(VecAvx512 a, VecAvx512 b) { return {_mm512_div_ps(a.v, b.v)}; }
+  friend VecAvx512 greatest(VecAvx512 a, VecAvx512 b) { return {_mm512_max_ps(a.v, b.v)}; }
+  friend VecAvx512 add_exponent(VecAvx512 a, VecAvx512 b) {
+    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(b.v), 23);
+    return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), n))};
+  }
   friend VecAvx512 multiply_add(VecAvx512 a, VecAvx512 b, VecAvx512 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   friend uint32_t greater(VecAvx512 a, VecAvx512 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
   friend uint32_t unordered(VecAvx512 a, VecAvx512 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q); }

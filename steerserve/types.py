@@ -150,6 +150,18 @@ Target = FeatureTarget | ConceptTarget | DirectionTarget
 
 
 @dataclass(frozen=True)
+class Gate:
+    """Condition of an edit: it applies at the positions where the target's score exceeds ``threshold``.
+
+    A feature's score is its activation, a concept's the weighted sum of its features', a direction's the
+    projection. It must be read at or before the site that is edited.
+    """
+
+    target: Target
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Intervention:
     """One edit (or reading) a request asks for.
 
@@ -163,6 +175,73 @@ class Intervention:
     unit: Unit = Unit.RAW
     always: bool = False
     phase: Phase = Phase.ALL
+    gate: Gate | None = None
+
+
+class GuardAction(StrEnum):
+    """What follows when a guard's score exceeds its threshold."""
+
+    FLAG = "flag"
+    """The verdict says so; the response goes on."""
+    REWIND = "rewind"
+    """The last tokens are taken back and generated again under stronger edits."""
+    BLOCK = "block"
+    """The response ends; what was not yet released never is."""
+
+
+MAX_REWIND_TOKENS = 64
+MAX_REWIND_RETRIES = 4
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """How a guard takes tokens back.
+
+    Attributes:
+        num_tokens: how many, counted back from the one it fired on; never the prompt, nor what was released,
+            which soon after another rewind may be more.
+        edits: in force from the position that is generated again to the end of the response. Their values are
+            multiplied by the number of the retry; an edit of a feature takes the place of the request's own.
+        max_retries: how often in one response.
+        otherwise: what follows when the guard fires once more, or in the prompt; not ``REWIND``.
+    """
+
+    num_tokens: int
+    edits: tuple[Intervention, ...]
+    max_retries: int = 1
+    otherwise: GuardAction = GuardAction.BLOCK
+
+    def __post_init__(self) -> None:
+        expected = f"an integer from 1 to {MAX_REWIND_TOKENS}"
+        _require(1 <= self.num_tokens <= MAX_REWIND_TOKENS, "rewind.num_tokens", self.num_tokens, expected)
+        expected = f"an integer from 1 to {MAX_REWIND_RETRIES}"
+        _require(1 <= self.max_retries <= MAX_REWIND_RETRIES, "rewind.max_retries", self.max_retries, expected)
+        valid = self.otherwise is not GuardAction.REWIND
+        _require(valid, "rewind.otherwise", str(self.otherwise), "flag or block")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A detector that reads every position in its phase, and what follows when its score exceeds ``threshold``.
+
+    A token of a guarded response is released only after it has been read itself, the last one included, and
+    can no longer be taken back. The score is what a ``Gate`` reads, behind the request's own edits at its site.
+
+    Attributes:
+        rewind: required by ``GuardAction.REWIND``, refused by the others.
+        fail_open: a score that is not finite is passed over; otherwise it ends the request.
+    """
+
+    target: Target
+    threshold: float
+    action: GuardAction
+    rewind: Rewind | None = None
+    phase: Phase = Phase.ALL
+    fail_open: bool = False
+
+    def __post_init__(self) -> None:
+        valid = (self.rewind is not None) is (self.action is GuardAction.REWIND)
+        _require(valid, "guard.rewind", self.rewind, f"{'none' if self.rewind else 'a rewind'} with {self.action}")
 
 
 @dataclass(frozen=True)
@@ -170,11 +249,13 @@ class SteeringSpec:
     """What one request asks for; all interventions at one site see the same unedited activation."""
 
     interventions: tuple[Intervention, ...] = ()
+    guards: tuple[Guard, ...] = ()
 
 
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_LENGTH = 1024
 MAX_LOGPROBS = 20
+MAX_RESPONSES = 64
 REPETITION_PENALTY_RANGE = (0.01, 100.0)
 """No logit that a model gives leaves float32 when it is multiplied or divided by these."""
 
@@ -189,6 +270,8 @@ class SamplingParams:
     """
 
     max_tokens: int = 64
+    n: int = 1
+    """Responses to draw; they share the prompt's computation. Response i uses ``seed`` + i."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -217,6 +300,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "sampling.max_tokens", self.max_tokens, "an integer >= 1")
+        _require(1 <= self.n <= MAX_RESPONSES, "sampling.n", self.n, f"an integer in [1, {MAX_RESPONSES}]")
         _require(
             math.isfinite(self.temperature) and self.temperature >= 0,
             "sampling.temperature",
@@ -283,6 +367,12 @@ class GenerateRequest:
     steering: SteeringSpec = SteeringSpec()
     policies: tuple[str, ...] = ()
     return_activations: bool = False
+    priority: int = 0
+    """Lower is served first; equals in order of arrival."""
+    timeout_s: float | None = None
+    """Ends the request with DEADLINE_EXCEEDED this long after it was added, wherever it stands."""
+    cache_salt: str = ""
+    """Only requests with equal salts share cached prefixes."""
 
 
 class FinishReason(StrEnum):
@@ -294,6 +384,8 @@ class FinishReason(StrEnum):
     """``max_tokens`` were produced."""
     ABORT = "abort"
     """The client went away or asked to stop."""
+    BLOCKED = "blocked"
+    """A guard ended it."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +421,11 @@ class Receipt:
         plan_hash: SHA-256 of the compiled plan; empty for an unsteered request.
         model_fingerprint: hash of the served weights.
         packs: ``name@version`` → SHA-256 of the pack file, for every pack the plan uses.
-        steered: true only if every intervention had positions in its scope and was covered at each.
+        steered: true only if every intervention had positions in its scope and was covered at each; the edits of
+            rewinds count once there was one.
+        num_rewinds, num_rewound_tokens: how often guards took tokens back, and how many; the counts of the
+            interventions include what ran on these.
+        num_cached_tokens: prompt positions taken from the prefix cache; the counts include what ran on them then.
     """
 
     plan_hash: str
@@ -338,6 +434,26 @@ class Receipt:
     packs: dict[str, str]
     interventions: tuple[InterventionReceipt, ...]
     steered: bool
+    num_rewinds: int = 0
+    num_rewound_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class GuardEvent:
+    """A guard that fired, or could not read.
+
+    Attributes:
+        guard: its place in ``SteeringSpec.guards``.
+        action: what followed; a rewind that was not possible is ``flag`` or ``block`` as the guard says.
+        position: the token it fired on, counted from the first prompt token.
+        score: not finite where the guard could not read and failed open.
+    """
+
+    guard: int
+    action: GuardAction
+    position: int
+    score: float
 
 
 @dataclass(frozen=True)
@@ -392,4 +508,8 @@ class StepOutput:
     stop_reason: StopReason | None = None
     num_prompt_tokens: int = 0
     receipt: Receipt | None = None
+    guard_events: tuple[GuardEvent, ...] = ()
+    """All of the response's, in its last output."""
+    index: int = 0
+    """Which of the request's ``sampling.n`` responses."""
     error: Exception | None = field(default=None, compare=False)

@@ -51,6 +51,11 @@ class Catalog:
             _by_name("concept pack", [(pack.name, pack) for pack in loaded_packs]),
         )
 
+    @property
+    def sites(self) -> list[Site]:
+        """The sites of the SAEs and packs, in model order."""
+        return sorted({sae.site for sae in self.saes.values()} | {pack.site for pack in self.packs.values()})
+
     def sae(self, name: str, field: str) -> SAE:
         """A loaded SAE; ``field`` names where the request said so.
 

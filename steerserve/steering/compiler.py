@@ -5,133 +5,87 @@ Everything that can be wrong with a spec is refused here, at admission, under th
 
 from __future__ import annotations
 
-import hashlib
-import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from steerserve.errors import InvalidRequestError
 from steerserve.kernels.steer_delta import OpCode
 from steerserve.steering.catalog import Catalog
+from steerserve.steering.edits import (
+    Detector,
+    DetectorKey,
+    Edit,
+    compile_guard,
+    compile_intervention,
+    compile_policy,
+    compile_rewind,
+    monitor_of,
+)
 from steerserve.steering.packs import ConceptPack
-from steerserve.steering.plan import Plan, PlannedIntervention, Segments, SitePlan, Stage
-from steerserve.steering.targets import Identity, ResolvedTarget, gather_rows, resolve_concept, resolve_target
-from steerserve.types import DirectionTarget, FloatArray, Intervention, Op, Phase, Site, SteeringSpec, Unit
-
-TAKES_VALUE = frozenset({Op.CLAMP, Op.CLIP, Op.SCALE, Op.ADD})
-TAKES_MAX_ACTIVATION = frozenset({Op.CLAMP, Op.CLIP, Op.ADD})
-FLOAT32_LIMIT = 2.0**128 - 2.0**103
-"""The smallest number that rounds to infinity in float32."""
+from steerserve.steering.plan import (
+    Plan,
+    PlannedGuard,
+    PlannedIntervention,
+    PlannedScore,
+    Segments,
+    SitePlan,
+    Stage,
+    plan_hash,
+)
+from steerserve.steering.targets import Identity, gather_rows
+from steerserve.types import FloatArray, Guard, Op, Site, SteeringSpec
 
 Place = tuple[Site, Stage]
-
-
-@dataclass(frozen=True, eq=False)
-class _Edit:
-    """One intervention with its target resolved; ``value`` is ``[k]``, ``field`` its path in the request."""
-
-    field: str
-    source: str
-    stage: Stage
-    phase: Phase
-    target: ResolvedTarget
-    op: Op
-    always: bool
-    value: Sequence[float]
-
-    @property
-    def label(self) -> str:
-        operand = f" {self.value[0]:g}" if self.op in TAKES_VALUE and len(set(self.value)) == 1 else ""
-        return f"{self.target.label}: {self.op}{' always' if self.always else ''}{operand}"
+NumberedEdit = tuple[int, Edit]
+"""An edit and its index in ``Plan.interventions``."""
 
 
 def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog) -> Plan:
     """Compile for the catalog's model; an empty spec without policies gives the empty plan.
 
     Raises:
-        InvalidRequestError: unknown names, bad values, or a feature edited twice in one stage.
+        InvalidRequestError: unknown names, bad values, a feature edited twice in one stage, a gate behind its edit,
+            an edit behind a policy, or a second guard that rewinds.
         IncompatibleError: a site or a vector that does not fit the model.
     """
-    edits = [
-        _compile_intervention(intervention, f"steering.interventions[{index}]", catalog)
+    asked = [
+        compile_intervention(intervention, f"steering.interventions[{index}]", catalog)
         for index, intervention in enumerate(spec.interventions)
     ]
+    guards = [compile_guard(guard, f"steering.guards[{index}]", catalog) for index, guard in enumerate(spec.guards)]
+    rewound, max_retries = _compile_rewind(spec.guards, catalog)
     packs = _find_policies(policies, catalog)
-    edits += [_compile_policy(pack, f"policies[{index}]") for index, pack in enumerate(packs)]
-    _refuse_double_edits(edits)
-    _refuse_edits_behind_guards(edits)
-    used = {pack.tag: pack.sha256 for edit in edits if (pack := edit.target.pack) is not None}
+    bound = [compile_policy(pack, f"policies[{index}]") for index, pack in enumerate(packs)]
+    for together in (asked, rewound, bound):
+        _refuse_double_edits(together)
+    _refuse_edits_behind_policies([*asked, *rewound], bound)
+    gates = _gates([*asked, *rewound])
+    monitors = [replace(monitor, score=index) for index, monitor in enumerate([*gates.values(), *guards])]
+    kept = [*_gated(asked, gates), *monitors]
+    edits = [*kept, *_gated(rewound, gates), *bound]
     plan = Plan(
         interventions=tuple(_planned(edit) for edit in edits),
-        sites=tuple(_site_plan(place, edits, members) for place, members in _by_place(edits)),
+        levels=_levels(edits, range(len(kept), len(kept) + len(rewound)), max_retries),
+        scores=tuple(_planned_scores(edits)),
+        guards=tuple(_planned_guards(spec.guards, monitors[len(gates) :])),
         policies=tuple(pack.tag for pack in packs),
-        packs=used,
+        packs={pack.tag: pack.sha256 for edit in edits if (pack := edit.target.pack) is not None},
         hash="",
     )
-    return replace(plan, hash=_plan_hash(plan)) if edits else plan
+    return replace(plan, hash=plan_hash(plan)) if edits else plan
 
 
-def _compile_intervention(intervention: Intervention, path: str, catalog: Catalog) -> _Edit:
-    _check_op(intervention, path)
-    target = resolve_target(intervention.target, f"{path}.target", catalog)
-    return _Edit(
-        field=path,
-        source="request",
-        stage=Stage.REQUEST,
-        phase=intervention.phase,
-        target=target,
-        op=intervention.op,
-        always=intervention.always,
-        value=_values(intervention, target, path),
-    )
-
-
-def _compile_policy(pack: ConceptPack, path: str) -> _Edit:
-    action = pack.card.policy
-    return _Edit(
-        field=path,
-        source=f"policy:{pack.tag}",
-        stage=Stage.POLICY,
-        phase=action.phase,
-        target=resolve_concept(pack),
-        op=action.op,
-        always=action.always,
-        value=pack.tensors.value.tolist(),
-    )
-
-
-def _check_op(intervention: Intervention, path: str) -> None:
-    op = intervention.op
-    if op is Op.CLAMP and isinstance(intervention.target, DirectionTarget):
-        raise InvalidRequestError(f"{path}.op", str(op), "add, clip, block, scale or monitor: a direction has no clamp")
-    if intervention.always and op is not Op.CLAMP:
-        raise InvalidRequestError(f"{path}.always", True, f"false: always is for clamp, not for {op}")
-    if intervention.unit is Unit.MAX_ACTIVATION and op not in TAKES_MAX_ACTIVATION:
-        expected = f"{Unit.RAW}: {op} takes no activation"
-        raise InvalidRequestError(f"{path}.unit", str(intervention.unit), expected)
-    if op in TAKES_VALUE and intervention.value is None:
-        raise InvalidRequestError(f"{path}.value", None, f"a finite number: {op} needs one")
-    if op not in TAKES_VALUE and intervention.value is not None:
-        raise InvalidRequestError(f"{path}.value", intervention.value, f"no value: {op} takes none")
-
-
-def _values(intervention: Intervention, target: ResolvedTarget, path: str) -> list[float]:
-    """The operand of each feature, in activation units and rounded to float32; zeros where the op takes none."""
-    unit: Sequence[float] = (1.0,) * len(target.keys)
-    if intervention.unit is Unit.MAX_ACTIVATION:
-        if target.max_activation is None:
-            expected = f"{Unit.RAW}: {target.label} has no recorded maximum activation"
-            raise InvalidRequestError(f"{path}.unit", str(intervention.unit), expected)
-        unit = target.max_activation
-    value = float(intervention.value or 0.0)
-    values = [value * maximum for maximum in unit]
-    if not all(abs(operand) < FLOAT32_LIMIT for operand in values):
-        raise InvalidRequestError(f"{path}.value", intervention.value, "a finite number that float32 can hold")
-    return [float(np.float32(operand)) for operand in values]
+def _compile_rewind(guards: Sequence[Guard], catalog: Catalog) -> tuple[list[Edit], int]:
+    """The edits of the one guard that may rewind, as the first retry has them, and how many retries there are."""
+    rewinds = [(f"steering.guards[{i}].rewind", guard.rewind) for i, guard in enumerate(guards) if guard.rewind]
+    if len(rewinds) > 1:
+        raise InvalidRequestError(rewinds[1][0], "a second rewind", f"none: a request has one, here {rewinds[0][0]}")
+    if not rewinds:
+        return [], 0
+    path, rewind = rewinds[0]
+    return compile_rewind(rewind, path, catalog), rewind.max_retries
 
 
 def _find_policies(names: Sequence[str], catalog: Catalog) -> list[ConceptPack]:
@@ -144,14 +98,14 @@ def _find_policies(names: Sequence[str], catalog: Catalog) -> list[ConceptPack]:
     return packs
 
 
-def _refuse_double_edits(edits: Iterable[_Edit]) -> None:
-    """Within a stage every edit reads the same f: two edits of one feature have no defined result."""
-    edited: dict[tuple[Stage, Site, Identity], str] = {}
+def _refuse_double_edits(edits: Iterable[Edit]) -> None:
+    """Edits of one stage all read the same f: two of one feature have no defined result."""
+    edited: dict[tuple[Site, Identity], str] = {}
     for edit in edits:
         if edit.op is Op.MONITOR:
             continue
         for identity in edit.target.identities:
-            key = (edit.stage, edit.target.site, identity)
+            key = (edit.target.site, identity)
             if key in edited:
                 field = edit.field if edit.stage is Stage.POLICY else f"{edit.field}.target"
                 expected = f"a feature that {edited[key]} does not already edit"
@@ -159,30 +113,106 @@ def _refuse_double_edits(edits: Iterable[_Edit]) -> None:
             edited[key] = edit.field
 
 
-def _refuse_edits_behind_guards(edits: Sequence[_Edit]) -> None:
-    """A guard sees what a request did at or before its site; behind it, a request could undo the guard."""
-    guards = [edit for edit in edits if edit.stage is Stage.POLICY]
+def _refuse_edits_behind_policies(edits: Iterable[Edit], policies: Sequence[Edit]) -> None:
+    """A policy sees what a request did at or before its site; behind it, a request could undo what it does."""
     for edit in edits:
-        for guard in guards:
-            if edit.stage is Stage.REQUEST and edit.op is not Op.MONITOR and guard.target.site < edit.target.site:
-                expected = f"a site not behind {guard.target.site}, where {guard.source} acts, or no such policy"
+        for policy in policies:
+            if edit.op is not Op.MONITOR and policy.target.site < edit.target.site:
+                expected = f"a site not behind {policy.target.site}, where {policy.source} acts, or no such policy"
                 raise InvalidRequestError(f"{edit.field}.target", str(edit.target.site), expected)
 
 
-def _planned(edit: _Edit) -> PlannedIntervention:
+def _gates(edits: Iterable[Edit]) -> dict[DetectorKey, Edit]:
+    """The monitors that the edits' gates read; equal gates share one."""
+    detectors: dict[DetectorKey, Detector] = {}
+    gated: dict[DetectorKey, list[str]] = {}
+    for edit in edits:
+        if edit.detector is not None:
+            detectors.setdefault(edit.detector.key, edit.detector)
+            gated.setdefault(edit.detector.key, []).append(edit.field)
+    monitors = {}
+    for key, (first, *others) in gated.items():
+        purpose = f"gate of {first.removeprefix('steering.')}{f' and {len(others)} more' if others else ''}"
+        monitors[key] = monitor_of(detectors[key], f"{first}.gate", Stage.REQUEST, purpose)
+    return monitors
+
+
+def _gated(edits: Iterable[Edit], gates: Iterable[DetectorKey]) -> list[Edit]:
+    """The edits with the indices of their gates' scores; the gates' are the first."""
+    score = {key: index for index, key in enumerate(gates)}
+    return [edit if edit.detector is None else replace(edit, score=score[edit.detector.key]) for edit in edits]
+
+
+def _planned_scores(edits: Iterable[Edit]) -> Iterator[PlannedScore]:
+    """In the order in which the monitors that feed them are numbered."""
+    for index, edit in enumerate(edits):
+        if edit.op is Op.MONITOR and edit.detector is not None:
+            yield PlannedScore(index, edit.detector.threshold, edit.phase)
+
+
+def _planned_guards(guards: Sequence[Guard], monitors: Sequence[Edit]) -> Iterator[PlannedGuard]:
+    for guard, monitor in zip(guards, monitors, strict=True):
+        yield PlannedGuard(monitor.score, monitor.label, guard.action, guard.rewind, guard.fail_open)
+
+
+def _planned(edit: Edit) -> PlannedIntervention:
     return PlannedIntervention(edit.source, edit.label, edit.target.site, edit.stage, edit.phase)
 
 
-def _by_place(edits: Sequence[_Edit]) -> list[tuple[Place, list[int]]]:
-    """The edits at each site and stage, as indices, in the order in which they apply."""
-    places: dict[Place, list[int]] = {}
-    for index, edit in enumerate(edits):
-        places.setdefault((edit.target.site, edit.stage), []).append(index)
-    return sorted(places.items())
+def _levels(edits: Sequence[Edit], rewound: range, max_retries: int) -> tuple[tuple[SitePlan, ...], ...]:
+    """The site plans of every level; a site's plan that several levels share is one object.
+
+    Args:
+        rewound: which of the edits belong to the rewind. They follow all others of their stage.
+    """
+    base = [(index, edit) for index, edit in enumerate(edits) if index not in rewound]
+    places = [_by_place(base)]
+    if max_retries:
+        replaced = {(edits[i].target.site, identity) for i in rewound for identity in edits[i].target.identities}
+        left = [(index, rest) for index, edit in base if (rest := _without(edit, replaced)) is not None]
+        places.append(_by_place([*left, *((i, edits[i]) for i in rewound)]))
+    distinct = {members: place for level in places for place, members in level.items()}
+    built = {members: _site_plan(place, members) for members, place in distinct.items()}
+    levels = [tuple(built[members] for members in level.values()) for level in places]
+    further = range(2, max_retries + 1)
+    return (*levels, *(tuple(_escalated(part, rewound, retry) for part in levels[-1]) for retry in further))
 
 
-def _site_plan(place: Place, edits: Sequence[_Edit], members: Sequence[int]) -> SitePlan:
-    chosen = [edits[i] for i in members]
+def _without(edit: Edit, replaced: Set[tuple[Site, Identity]]) -> Edit | None:
+    """A request's edit without the features that the edits of a rewind replace; None if nothing is left of it."""
+    target = edit.target
+    kept = [i for i, identity in enumerate(target.identities) if (target.site, identity) not in replaced]
+    if edit.stage is Stage.POLICY or edit.op is Op.MONITOR or len(kept) == len(target.identities):
+        return edit
+    if not kept:
+        return None
+    rest = replace(
+        target,
+        features=[target.features[i] for i in kept],
+        keys=tuple(target.keys[i] for i in kept),
+        identities=tuple(target.identities[i] for i in kept),
+        weight=target.weight[kept],
+    )
+    return replace(edit, target=rest, value=[edit.value[i] for i in kept])
+
+
+def _escalated(part: SitePlan, rewound: range, retry: int) -> SitePlan:
+    """What the first retry does, with the operands of the ``retry``-th."""
+    factor = np.where(np.isin(part.intervention, rewound), np.float32(retry), np.float32(1.0))
+    value = part.value * factor
+    return part if np.array_equal(value, part.value) else replace(part, value=value)
+
+
+def _by_place(edits: Iterable[NumberedEdit]) -> dict[Place, tuple[NumberedEdit, ...]]:
+    """The edits at each site and stage, in the order in which they apply."""
+    places: dict[Place, list[NumberedEdit]] = {}
+    for index, edit in edits:
+        places.setdefault((edit.target.site, edit.stage), []).append((index, edit))
+    return {place: tuple(places[place]) for place in sorted(places)}
+
+
+def _site_plan(place: Place, members: Sequence[NumberedEdit]) -> SitePlan:
+    numbers, chosen = [index for index, _ in members], [edit for _, edit in members]
     rows = gather_rows(edit.target for edit in chosen)
     index = {key: i for i, key in enumerate(rows.keys)}
     row = np.array([index[key] for edit in chosen for key in edit.target.keys], dtype=np.int32)
@@ -194,13 +224,14 @@ def _site_plan(place: Place, edits: Sequence[_Edit], members: Sequence[int]) -> 
         row=row,
         op=np.repeat(np.array([_op_code(edit) for edit in chosen], dtype=np.uint8), counts),
         value=np.array([value for edit in chosen for value in edit.value], dtype=np.float32),
-        intervention=np.repeat(np.array(members, dtype=np.int32), counts),
-        segments=tuple(_segments(chosen, members, counts, rows.W_dec[row])),
+        intervention=np.repeat(np.array(numbers, dtype=np.int32), counts),
+        score_index=np.repeat(np.array([edit.score for edit in chosen], dtype=np.int32), counts),
+        segments=tuple(_segments(chosen, numbers, counts, rows.W_dec[row])),
     )
 
 
 def _segments(
-    chosen: Sequence[_Edit], members: Sequence[int], counts: Sequence[int], decoder: FloatArray
+    chosen: Sequence[Edit], members: Sequence[int], counts: Sequence[int], decoder: FloatArray
 ) -> Iterator[Segments]:
     """The edits at one place by width; ``decoder`` has a row for each entry."""
     first, width = np.cumsum([0, *counts[:-1]], dtype=np.int32), np.array(counts)
@@ -217,7 +248,7 @@ def _segments(
         )
 
 
-def _op_code(edit: _Edit) -> OpCode:
+def _op_code(edit: Edit) -> OpCode:
     match edit.op:
         case Op.MONITOR:
             return OpCode.MONITOR
@@ -229,24 +260,3 @@ def _op_code(edit: _Edit) -> OpCode:
             return OpCode.SCALE
         case Op.ADD:
             return OpCode.ADD
-
-
-def _plan_hash(plan: Plan) -> str:
-    """SHA-256 over every name and array of the plan; each piece is preceded by its length."""
-    digest = hashlib.sha256()
-    for piece in _pieces(plan):
-        digest.update(struct.pack("<q", len(piece)))
-        digest.update(piece)
-    return digest.hexdigest()
-
-
-def _pieces(plan: Plan) -> Iterator[bytes | memoryview]:
-    names = [(p.source, p.label, str(p.site), p.stage.name, str(p.phase)) for p in plan.interventions]
-    yield repr((names, plan.policies, list(plan.packs.items()))).encode()
-    for part in plan.sites:
-        yield repr((str(part.site), part.stage.name, part.rows.keys)).encode()
-        rows = part.rows
-        arrays: list[npt.NDArray[Any]] = [rows.W_enc, rows.b_enc, rows.threshold, rows.max_norm, rows.W_dec]
-        arrays += [part.row, part.op, part.value, part.intervention]
-        arrays += [segments.weight for segments in part.segments]
-        yield from (array.ravel().view(np.uint8).data for array in arrays)

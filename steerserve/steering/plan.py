@@ -7,13 +7,17 @@ interventions at a site read the same activation and their edits add up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from steerserve.types import FloatArray, Phase, Site
+from steerserve.types import FloatArray, GuardAction, Phase, Rewind, Site
 
 IntArray = npt.NDArray[np.int32]
 ByteArray = npt.NDArray[np.uint8]
@@ -91,6 +95,8 @@ class SitePlan:
         op: ``[n]`` codes of ``steerserve.kernels.steer_delta.OpCode``.
         value: ``[n]`` the operand, in activation units.
         intervention: ``[n]`` index into ``Plan.interventions``; entries of one are contiguous.
+        score_index: ``[n]`` index into ``Plan.scores``: the score that a monitor feeds with value · f, or that
+            gates any other entry; −1 for none.
         segments: one item a width.
     """
 
@@ -101,12 +107,13 @@ class SitePlan:
     op: ByteArray
     value: FloatArray
     intervention: IntArray
+    score_index: IntArray
     segments: tuple[Segments, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class PlannedIntervention:
-    """One intervention of the plan, as the receipt names it."""
+    """One intervention of the plan, as the receipt names it; what a gate or a guard reads is one too."""
 
     source: str
     label: str
@@ -115,12 +122,129 @@ class PlannedIntervention:
     phase: Phase
 
 
+@dataclass(frozen=True)
+class PlannedScore:
+    """A score the kernel adds up for every position that ``phase`` covers, and where it opens a gate or fires.
+
+    Attributes:
+        intervention: the monitor that feeds it, as an index into ``Plan.interventions``.
+    """
+
+    intervention: int
+    threshold: float
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class PlannedGuard:
+    """A guard of the request; ``score`` is an index into ``Plan.scores``."""
+
+    score: int
+    label: str
+    action: GuardAction
+    rewind: Rewind | None
+    fail_open: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything the engine needs to run and to account for one request's steering."""
+    """Everything the engine needs to run and to account for one request's steering.
+
+    Attributes:
+        interventions: the request's in their order, then what its gates and guards read and the edits of its
+            rewinds, then the policies'.
+        levels: what to do at each site; ``levels[r]`` is in force from the position of the r-th rewind on.
+            All levels have the same gates and guards.
+        hash: SHA-256 of everything above the wire's names; empty for the empty plan.
+    """
 
     interventions: tuple[PlannedIntervention, ...]
-    sites: tuple[SitePlan, ...]
+    levels: tuple[tuple[SitePlan, ...], ...]
+    scores: tuple[PlannedScore, ...]
+    guards: tuple[PlannedGuard, ...]
     policies: tuple[str, ...]
     packs: dict[str, str]
     hash: str
+    _effective_digests: dict[tuple[int, Phase], bytes] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def sites(self) -> tuple[SitePlan, ...]:
+        """What is done before any rewind."""
+        return self.levels[0]
+
+    @property
+    def hold_back(self) -> int:
+        """Positions that must have been read, its own included, before a token may be released; 0 without guards."""
+        return max((guard.rewind.num_tokens if guard.rewind else 1 for guard in self.guards), default=0)
+
+    def effective_digest(self, level: int, phase: Phase) -> bytes:
+        """SHA-256 of all that runs at a position of ``phase`` while ``level`` is in force; empty if nothing does.
+
+        Where two plans have equal digests the kernel does the same work, the guards decide alike, and what was
+        counted belongs to the same indices of ``interventions``: what one request stored there serves the other.
+
+        Args:
+            phase: ``PROMPT`` or ``GENERATED``.
+        """
+        key = (level, phase)
+        if key not in self._effective_digests:
+            pieces = list(self._effective_pieces(level, phase))
+            self._effective_digests[key] = _sha256(pieces) if pieces else b""
+        return self._effective_digests[key]
+
+    def _effective_pieces(self, level: int, phase: Phase) -> Iterator[bytes]:
+        covers = np.array([planned.phase in (Phase.ALL, phase) for planned in self.interventions])
+        for part in self.levels[level]:
+            chosen = covers[part.intervention]
+            if chosen.any():
+                # Keys stand for the rows, and for the features' weights in a concept's score.
+                keys = [part.rows.keys[row] for row in part.row[chosen]]
+                yield repr((str(part.site), part.stage.name, keys)).encode()
+                for array in (part.op, part.value, part.intervention, part.score_index):
+                    yield array[chosen].tobytes()
+        effective = {i: score.threshold for i, score in enumerate(self.scores) if covers[score.intervention]}
+        guards = [(i, g.score, str(g.action), g.fail_open) for i, g in enumerate(self.guards) if g.score in effective]
+        if effective:
+            yield repr((len(self.scores), effective, guards)).encode()
+
+
+def plan_hash(plan: Plan) -> str:
+    """SHA-256 over every name and array of the plan but its own hash."""
+    planned = [(p.source, p.label, str(p.site), p.stage.name, str(p.phase)) for p in plan.interventions]
+    scores = [(score.intervention, score.threshold, str(score.phase)) for score in plan.scores]
+    guards = [(g.score, g.label, str(g.action), g.fail_open, _rewind_terms(g.rewind)) for g in plan.guards]
+    sizes = [len(level) for level in plan.levels]
+    names = repr((planned, scores, guards, plan.policies, list(plan.packs.items()), sizes))
+    return _sha256([names.encode(), *_site_digests(plan.levels)]).hex()
+
+
+def _rewind_terms(rewind: Rewind | None) -> tuple[int, str] | None:
+    """All but its edits and the number of retries, which are in the levels."""
+    return None if rewind is None else (rewind.num_tokens, str(rewind.otherwise))
+
+
+def _site_digests(levels: Iterable[Iterable[SitePlan]]) -> Iterator[bytes]:
+    """One for each site plan; rows that several share are read once."""
+    rows_digests: dict[int, bytes] = {}
+    for part in (part for level in levels for part in level):
+        rows = part.rows
+        if id(rows) not in rows_digests:
+            columns = [rows.W_enc, rows.b_enc, rows.threshold, rows.max_norm, rows.W_dec]
+            rows_digests[id(rows)] = _sha256([repr(rows.keys).encode(), *(_bytes(column) for column in columns)])
+        arrays: list[npt.NDArray[Any]] = [part.row, part.op, part.value, part.intervention, part.score_index]
+        arrays += [segments.weight for segments in part.segments]
+        place = repr((str(part.site), part.stage.name)).encode()
+        yield _sha256([place, rows_digests[id(rows)], *(_bytes(array) for array in arrays)])
+
+
+def _bytes(array: npt.NDArray[Any]) -> memoryview:
+    return array.ravel().view(np.uint8).data
+
+
+def _sha256(pieces: Iterable[bytes | memoryview]) -> bytes:
+    """Over the pieces, each preceded by its length."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(struct.pack("<q", len(piece)))
+        digest.update(piece)
+    return digest.digest()

@@ -16,7 +16,7 @@ from steerserve.steering.plan import FeatureKey, FeatureRows
 from steerserve.types import ConceptTarget, DirectionTarget, FeatureTarget, FloatArray, Site, Target
 
 Identity = tuple[str, int]
-"""What a feature is, whoever ships its rows: an SAE's hash and index, or the hash of a direction."""
+"""What a feature is, whoever ships its rows: an SAE's hash and index, or the hash of a direction up to its sign."""
 
 ONE = np.ones(1, dtype=np.float32)
 ONE.flags.writeable = False
@@ -138,6 +138,7 @@ def _resolve_direction(target: DirectionTarget, path: str, catalog: Catalog) -> 
     catalog.check_site(target.site, f"{path}.site")
     unit = _unit_vector(target.vector, f"{path}.vector", catalog.model.d_model)
     key = (f"direction:{hashlib.sha256(unit.tobytes()).hexdigest()}", 0)
+    line = np.copysign(1.0, unit[np.flatnonzero(unit)[0]]) * unit + 0.0  # v and −v are one; so are 0.0 and −0.0
     zero, unbounded = np.zeros(1, dtype=np.float32), np.full(1, np.inf, dtype=np.float32)
     rows = FeatureRows((key,), unit[None], zero, -unbounded, unbounded, unit[None])
     return ResolvedTarget(
@@ -146,7 +147,7 @@ def _resolve_direction(target: DirectionTarget, path: str, catalog: Catalog) -> 
         source=rows,
         features=(0,),
         keys=(key,),
-        identities=(key,),
+        identities=((f"direction:{hashlib.sha256(line.tobytes()).hexdigest()}", 0),),
         weight=ONE,
     )
 

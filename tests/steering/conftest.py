@@ -1,7 +1,11 @@
-"""A model's facts, an SAE and packs to compile against; no model is loaded."""
+"""A model's facts, an SAE and packs to compile against; no model is loaded.
+
+``steering_specs`` lies beside the tests that import it.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,8 @@ from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack
 from steerserve.types import Op, Site
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 D_MODEL, D_SAE = 8, 6
 FINGERPRINT, SAE_SHA = "f" * 64, "a" * 64

@@ -6,40 +6,56 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steerserve.client import Completion, SteerserveClient
-    from steerserve.serving.steer_string import parse_intervention
+    from steerserve.client import Completion, Reply, SteerserveClient
+    from steerserve.serving.steer_string import parse_guard, parse_intervention
     from steerserve.types import (
         ConceptTarget,
         DirectionTarget,
         FeatureTarget,
+        Gate,
+        Guard,
+        GuardAction,
         Intervention,
         Message,
         Op,
         Phase,
         Receipt,
+        Rewind,
         SamplingParams,
         Site,
         SteeringSpec,
         Unit,
     )
 
-_MODULE_OF = {"SteerserveClient": "client", "Completion": "client", "parse_intervention": "serving.steer_string"}
+_MODULE_OF = {
+    "SteerserveClient": "client",
+    "Completion": "client",
+    "Reply": "client",
+    "parse_guard": "serving.steer_string",
+    "parse_intervention": "serving.steer_string",
+}
 
 __all__ = [
     "Completion",
     "ConceptTarget",
     "DirectionTarget",
     "FeatureTarget",
+    "Gate",
+    "Guard",
+    "GuardAction",
     "Intervention",
     "Message",
     "Op",
     "Phase",
     "Receipt",
+    "Reply",
+    "Rewind",
     "SamplingParams",
     "Site",
     "SteeringSpec",
     "SteerserveClient",
     "Unit",
+    "parse_guard",
     "parse_intervention",
 ]
 

@@ -16,13 +16,21 @@ from steerserve.errors import InvalidRequestError, SteerserveError
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from steerserve.types import StepOutput
+
     ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 STEER_HELP = (
-    "TARGET=OP\\[:VALUE]\\[@PHASE], repeatable. TARGET: CONCEPT, SAE/FEATURE or direction:FILE.npy@SITE. "
+    "TARGET=OP\\[:VALUE]\\[@PHASE]\\[ if TARGET>NUMBER], repeatable. "
+    "TARGET: CONCEPT, SAE/FEATURE or direction:FILE.npy@SITE. "
     "OP: clamp, clamp_always, clip, block, scale, add, monitor. VALUE: a number, or '2.0x', a multiple of the "
     "recorded maximum activation. PHASE: all, prompt, generated. Example: profanity=clamp:-1x"
+)
+GUARD_HELP = (
+    "TARGET>NUMBER=ACTION\\[@PHASE], repeatable. ACTION: flag, block, or rewind:TOKENS\\[*RETRIES], which goes on with "
+    "' with INTERVENTION\\[; INTERVENTION]...\\[ else flag]'. "
+    "Example: 'profanity>0.5=rewind:8 with profanity=clamp:-2x'"
 )
 
 Target = Annotated[str, typer.Option(help="Server address, host:port.")]
@@ -62,6 +70,16 @@ def serve(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 16,
     max_model_len: Annotated[int, typer.Option(help="Longest prompt plus response, in tokens.")] = 1024,
+    max_num_batched_tokens: Annotated[
+        int, typer.Option(help="Tokens of one step: bounds how long a prompt delays the tokens of others.")
+    ] = 128,
+    kv_cache_tokens: Annotated[
+        int | None, typer.Option(help="Room of the KV cache; left out: all that --max-num-seqs requests can need.")
+    ] = None,
+    site: Annotated[list[str] | None, typer.Option(help="Site that can be steered; left out: all. Repeatable.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the model: slow to start, faster to serve.")
+    ] = False,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads; torch chooses if left out.")] = None,
     drain_timeout_s: Annotated[float, typer.Option(help="Seconds for running requests after SIGTERM.")] = 30.0,
 ) -> None:
@@ -81,7 +99,15 @@ def serve(
         ServerConfig, model=model, packs=pack, saes=sae, host=host, port=port, drain_timeout_s=drain_timeout_s
     )
     engine_config = _config(
-        EngineConfig, max_num_seqs=max_num_seqs, max_model_len=max_model_len, dtype=dtype, num_threads=num_threads
+        EngineConfig,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_num_batched_tokens,
+        kv_cache_tokens=kv_cache_tokens,
+        sites=site,
+        compile=compile,
+        dtype=dtype,
+        num_threads=num_threads,
     )
     engine = load_engine(config, engine_config)
     asyncio.run(
@@ -96,8 +122,12 @@ def generate(
         list[str] | None, typer.Option(help="Server-side policy, NAME or NAME@VERSION. Repeatable.")
     ] = None,
     steer: Annotated[list[str] | None, typer.Option(help=STEER_HELP)] = None,
+    guard: Annotated[list[str] | None, typer.Option(help=GUARD_HELP)] = None,
     target: Target = DEFAULT_TARGET,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
+    n: Annotated[
+        int, typer.Option("--n", help="Responses to draw; more than one are shown when all are complete.")
+    ] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus of the distribution to draw from.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Most likely tokens to draw from; 0 is no limit.")] = 0,
@@ -105,10 +135,20 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: against tokens of prompt and response.")] = 1.0,
     frequency_penalty: Annotated[float, typer.Option(help="Above 0: against tokens, by their count so far.")] = 0.0,
     presence_penalty: Annotated[float, typer.Option(help="Above 0: against tokens of the response.")] = 0.0,
+    biases: Annotated[
+        list[str] | None, typer.Option("--logit-bias", help="TOKEN_ID=BIAS, added to its logit. Repeatable.")
+    ] = None,
     stop_strings: Annotated[
         list[str] | None, typer.Option("--stop", help="String that ends the response. Repeatable.")
     ] = None,
+    stop_tokens: Annotated[
+        list[int] | None, typer.Option("--stop-token-id", help="Token that ends the response. Repeatable.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Makes the response reproducible.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Show each token's log-probability, and this many of the most likely tokens.")
+    ] = None,
+    priority: Annotated[int, typer.Option(help="Lower is served first.")] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send the prompt as a user's turn through the chat template.")
     ] = False,
@@ -118,16 +158,18 @@ def generate(
 ) -> None:
     """Stream a response from a running server to standard output; its receipt goes to standard error."""
     from steerserve.client import SteerserveClient
-    from steerserve.display import activation_view, receipt_view
+    from steerserve.display import response_view
     from steerserve.types import Message
 
-    pieces = []
+    responses: dict[int, list[StepOutput]] = {}
     with SteerserveClient(target) as client:
         for piece in client.generate_stream(
             [Message("user", prompt)] if chat else prompt,
             policies=policy or (),
             steer=steer or (),
+            guards=guard or (),
             max_tokens=max_tokens,
+            n=n,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -135,19 +177,21 @@ def generate(
             repetition_penalty=repetition_penalty,
             frequency_penalty=frequency_penalty,
             presence_penalty=presence_penalty,
+            logit_bias=dict(_bias(text) for text in biases or ()),
             stop=stop_strings or (),
+            stop_token_ids=stop_tokens or (),
             seed=seed,
+            logprobs=logprobs,
+            priority=priority,
             return_activations=activations,
         ):
-            print(piece.text, end="", flush=True)
-            pieces.append(piece)
-    print()
-    receipt = pieces[-1].receipt
-    assert receipt is not None, "the last piece carries the receipt"
+            responses.setdefault(piece.index, []).append(piece)
+            if n == 1:
+                print(piece.text, end="", flush=True)
     console = Console(stderr=True)
-    if activations:
-        console.print(activation_view(pieces, receipt))
-    console.print(receipt_view(receipt))
+    for _, pieces in sorted(responses.items()):
+        print("" if n == 1 else "".join(piece.text for piece in pieces), flush=True)
+        console.print(response_view(pieces, activations))
 
 
 @app.command()
@@ -216,6 +260,14 @@ def lab(ctx: typer.Context) -> None:
     lab_app(args=ctx.args, prog_name="steerserve lab")
 
 
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise InvalidRequestError("--logit-bias", text, "TOKEN_ID=BIAS, e.g. '1234=-5'") from None
+
+
 def _config(config_type: type[ConfigT], **values: object) -> ConfigT:
     from pydantic import ValidationError
 
@@ -224,4 +276,6 @@ def _config(config_type: type[ConfigT], **values: object) -> ConfigT:
     except ValidationError as error:
         problem = error.errors()[0]
         option = "--" + str(problem["loc"][0]).replace("_", "-")
-        raise InvalidRequestError(option, problem["input"], problem["msg"].removeprefix("Input should be ")) from None
+        raise InvalidRequestError(
+            option, problem["input"], problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        ) from None

@@ -17,12 +17,14 @@ import grpc
 
 from steerserve.errors import InvalidRequestError
 from steerserve.serving.convert import request_to_proto
-from steerserve.serving.convert_response import output_from_proto
+from steerserve.serving.convert_response import outputs_from_proto, piece_from_proto
 from steerserve.serving.status import error_of
-from steerserve.serving.steer_string import parse_intervention
+from steerserve.serving.steer_string import parse_guard, parse_intervention
 from steerserve.types import (
     FinishReason,
     GenerateRequest,
+    Guard,
+    GuardEvent,
     Intervention,
     Message,
     PositionScores,
@@ -44,17 +46,21 @@ class GenerateOptions(TypedDict, total=False):
     Attributes:
         steer: interventions, each an ``Intervention`` or a string such as ``profanity=clamp:-1x``
             (see ``steerserve.serving.steer_string``).
+        guards: each a ``Guard`` or a string such as ``profanity>0.5=block``.
         policies: server-side policies, as ``name`` or ``name@version``.
         max_tokens and what follows it up to ``logprobs``: see ``SamplingParams``, whose defaults apply.
         stop: may be a single string.
         return_activations: report every intervention's score at every position.
         request_id: names the request; the server makes one up if it is left out.
+        priority, cache_salt: see ``GenerateRequest``.
         timeout: seconds until the call is ended with DEADLINE_EXCEEDED; no limit if left out.
     """
 
     steer: Sequence[str | Intervention]
+    guards: Sequence[str | Guard]
     policies: Sequence[str]
     max_tokens: int
+    n: int
     temperature: float
     top_p: float
     top_k: int
@@ -71,6 +77,8 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     return_activations: bool
     request_id: str
+    priority: int
+    cache_salt: str
     timeout: float | None
 
 
@@ -79,6 +87,7 @@ class Completion:
     """A finished response; the attributes are those of ``StepOutput``."""
 
     request_id: str
+    index: int
     text: str
     token_ids: tuple[int, ...]
     scores: tuple[PositionScores, ...]
@@ -87,6 +96,14 @@ class Completion:
     stop_reason: StopReason | None
     num_prompt_tokens: int
     receipt: Receipt
+    guard_events: tuple[GuardEvent, ...]
+
+
+@dataclass(frozen=True)
+class Reply(Completion):
+    """What ``generate`` returns: all of the ``n`` responses, and the attributes of the first."""
+
+    completions: tuple[Completion, ...]
 
 
 class SteerserveClient:
@@ -115,31 +132,21 @@ class SteerserveClient:
         """Close the channel; calls in progress are cancelled."""
         self._channel.close()
 
-    def generate(
-        self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[GenerateOptions]
-    ) -> Completion:
-        """Generate, and return when the response is complete."""
+    def generate(self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[GenerateOptions]) -> Reply:
+        """Generate, and return when every response is complete."""
         message = request_to_proto(_request(prompt, options), generation_pb2.GenerateRequest)
         with _typed_errors():
-            output = output_from_proto(self._stub.Generate(message, timeout=options.get("timeout")))
-        assert output.finish_reason is not None, "a response is finished"
-        assert output.receipt is not None, "a finished response has a receipt"
-        return Completion(
-            request_id=output.request_id,
-            text=output.text,
-            token_ids=output.token_ids,
-            scores=output.scores,
-            logprobs=output.logprobs,
-            finish_reason=output.finish_reason,
-            stop_reason=output.stop_reason,
-            num_prompt_tokens=output.num_prompt_tokens,
-            receipt=output.receipt,
-        )
+            outputs = outputs_from_proto(self._stub.Generate(message, timeout=options.get("timeout")))
+        completions = tuple(_completion(output) for output in outputs)
+        return Reply(**vars(completions[0]), completions=completions)
 
     def generate_stream(
         self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[GenerateOptions]
     ) -> Iterator[StepOutput]:
-        """Generate, and yield each piece as it comes; the last one has ``finish_reason`` and ``receipt``.
+        """Generate, and yield each piece as it comes; the last one of each response says how it ended.
+
+        Only that one has ``finish_reason``, ``receipt`` and ``guard_events``. With ``n`` > 1 the pieces of the
+        responses alternate; ``index`` tells them apart.
 
         The call starts with the first ``next``. Closing the iterator cancels it and frees the server's slot.
         """
@@ -161,7 +168,7 @@ class SteerserveClient:
         try:
             with _typed_errors():
                 for piece in call:
-                    yield output_from_proto(piece)
+                    yield piece_from_proto(piece)
         finally:
             call.cancel()
 
@@ -170,17 +177,23 @@ def _request(prompt: str | Sequence[int] | Sequence[Message], options: GenerateO
     for name in options.keys() - GenerateOptions.__annotations__.keys():
         # A TypedDict is not checked at run time, and a mistyped `policies` must not drop a guard.
         raise InvalidRequestError(name, options.get(name), f"one of {', '.join(GenerateOptions.__annotations__)}")
-    interventions = (
+    interventions = tuple(
         parse_intervention(item, f"steer[{i}]") if isinstance(item, str) else item
         for i, item in enumerate(options.get("steer", ()))
+    )
+    guards = tuple(
+        parse_guard(item, f"guards[{i}]") if isinstance(item, str) else item
+        for i, item in enumerate(options.get("guards", ()))
     )
     return GenerateRequest(
         request_id=options.get("request_id", ""),
         prompt=prompt if isinstance(prompt, str) else cast("tuple[int, ...] | tuple[Message, ...]", tuple(prompt)),
         sampling=_sampling(options),
-        steering=SteeringSpec(tuple(interventions)),
+        steering=SteeringSpec(interventions, guards),
         policies=tuple(options.get("policies", ())),
         return_activations=options.get("return_activations", False),
+        priority=options.get("priority", 0),
+        cache_salt=options.get("cache_salt", ""),
     )
 
 
@@ -191,6 +204,12 @@ def _sampling(options: GenerateOptions) -> SamplingParams:
     given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     given["stop_token_ids"] = tuple(options.get("stop_token_ids", ()))
     return SamplingParams(**given)
+
+
+def _completion(output: StepOutput) -> Completion:
+    assert output.finish_reason is not None, "a response is finished"
+    assert output.receipt is not None, "a finished response has a receipt"
+    return Completion(**{field.name: getattr(output, field.name) for field in fields(Completion)})
 
 
 @contextmanager

@@ -19,10 +19,7 @@ _COLD, _HOT = (40, 40, 60), (220, 60, 30)
 
 @dataclass(frozen=True)
 class TokenScore:
-    """One generated token's text and the score at its own position; NaN where none was read.
-
-    The last token of a response is never fed to the model, so it has no score.
-    """
+    """One generated token's text and the score at its own position; NaN where none was read."""
 
     text: str
     score: float
@@ -49,6 +46,31 @@ def heat_strip(tokens: Iterable[TokenScore], full_scale: float) -> Text:
     return strip
 
 
+def response_view(pieces: Sequence[StepOutput], activations: bool) -> Group:
+    """What there is to say about a finished response besides its text: the receipt last, of the rest what was asked."""
+    last = pieces[-1]
+    assert last.receipt is not None, "the last piece carries the receipt"
+    parts: list[RenderableType] = []
+    if activations:
+        parts.append(activation_view(pieces, last.receipt))
+    if any(piece.logprobs for piece in pieces):
+        parts.append(_logprob_table(pieces))
+    parts += [
+        Text(f"guard {event.guard}: {event.action} at position {event.position}, score {event.score:.2f}", "yellow")
+        for event in last.guard_events
+    ]
+    return Group(*parts, receipt_view(last.receipt))
+
+
+def _logprob_table(pieces: Sequence[StepOutput]) -> Table:
+    table = Table("token", "log-probability", "rank", "most likely", box=box.SIMPLE)
+    for piece in pieces:
+        for token_id, entry in zip(piece.token_ids, piece.logprobs, strict=True):
+            top = ", ".join(f"{other} {logprob:.2f}" for other, logprob in entry.top)
+            table.add_row(str(token_id), f"{entry.logprob:.2f}", str(entry.rank), top)
+    return table
+
+
 def activation_view(pieces: Sequence[StepOutput], receipt: Receipt) -> Group:
     """The response once per intervention, each on that intervention's activations."""
     strips: list[RenderableType] = []
@@ -67,7 +89,8 @@ def receipt_view(receipt: Receipt) -> RenderableType:
     """What ran: a row per intervention, then the verdict, the plan and the weights."""
     verdict = "steered" if receipt.steered else "not steered"
     plan = f"plan {receipt.plan_hash[:12]} · " if receipt.plan_hash else ""
-    summary = Text(f"receipt: {verdict} · {plan}model {receipt.model_fingerprint[:12]}", "dim")
+    rewinds = f"{receipt.num_rewinds} rewinds of {receipt.num_rewound_tokens} tokens · " if receipt.num_rewinds else ""
+    summary = Text(f"receipt: {verdict} · {rewinds}{plan}model {receipt.model_fingerprint[:12]}", "dim")
     if not receipt.interventions:
         return summary
     table = Table("intervention", box=box.SIMPLE)

@@ -48,7 +48,11 @@ def load_engine(config: ServerConfig, engine_config: EngineConfig) -> Engine:
     model = load_model(resolve_model(config.model), getattr(torch, engine_config.dtype))
     packs = _built_in_packs(model) if config.packs is None else config.packs
     saes = _built_in_saes(model) if config.saes is None else config.saes
-    return Engine(model, Catalog.load(model, packs, saes), engine_config)
+    engine = Engine(model, Catalog.load(model, packs, saes), engine_config)
+    if engine_config.compile:
+        _log.info("compiling %s", model.name)
+        _log.info("compiled in %.0f s", engine.warm_up())
+    return engine
 
 
 class Server:

@@ -6,65 +6,47 @@ import uuid
 from collections.abc import Sequence
 from typing import TypeVar
 
-import numpy as np
-
 from steerserve.errors import InvalidRequestError
-from steerserve.serving.fields import RequestMessage, bounded, expect, refuse_unknown_fields
-from steerserve.types import (
-    ConceptTarget,
-    DirectionTarget,
-    FeatureTarget,
-    GenerateRequest,
-    Intervention,
-    Message,
-    Op,
-    Phase,
-    Prompt,
-    SamplingParams,
-    Site,
-    SteeringSpec,
-    Target,
-    Unit,
-)
-from steerserve.v1 import generation_pb2, steering_pb2
+from steerserve.serving.convert_steering import refuse_large_spec, spec_from_proto, spec_to_proto
+from steerserve.serving.fields import RequestMessage, bounded, expect, refuse_too_many, refuse_unknown_fields
+from steerserve.types import GenerateRequest, Message, Prompt, SamplingParams
+from steerserve.v1 import generation_pb2
 
 RequestT = TypeVar("RequestT", generation_pb2.GenerateRequest, generation_pb2.GenerateStreamRequest)
 
-_OPS = {steering_pb2.Op.Value(f"OP_{op.name}"): op for op in Op}
-_PHASES = {steering_pb2.PHASE_UNSPECIFIED: Phase.ALL} | {
-    steering_pb2.Phase.Value(f"PHASE_{phase.name}"): phase for phase in Phase
-}
 _INT32, _UINT32, _INT64 = (-(2**31), 2**31 - 1), (0, 2**32 - 1), (-(2**63), 2**63 - 1)
 MAX_REQUEST_ID_LENGTH = 128
+MAX_CACHE_SALT_LENGTH = 128
 MAX_ELEMENTS = 4096
 
 
-def request_from_proto(message: RequestMessage) -> GenerateRequest:
+def request_from_proto(message: RequestMessage, timeout_s: float | None = None) -> GenerateRequest:
     """Read a request; one without an id gets a fresh one.
+
+    Args:
+        timeout_s: what is left of the call's deadline.
 
     Raises:
         InvalidRequestError: what no loaded model is needed to see; the rest is the engine's to check.
     """
-    _refuse_too_many(len(message.steering.interventions), "steering.interventions")
-    _refuse_too_many(len(message.messages.messages), "messages.messages")
+    refuse_too_many(len(message.messages.messages), "messages.messages", MAX_ELEMENTS)
     for name in ("logit_bias", "stop", "stop_token_ids"):
-        _refuse_too_many(len(getattr(message.sampling, name)), f"sampling.{name}")
+        refuse_too_many(len(getattr(message.sampling, name)), f"sampling.{name}", MAX_ELEMENTS)
+    refuse_large_spec(message.steering, "steering")
     refuse_unknown_fields(message)
     # Every piece of a stream repeats the id.
-    expected = f"at most {MAX_REQUEST_ID_LENGTH} characters"
-    expect(len(message.request_id) <= MAX_REQUEST_ID_LENGTH, "request_id", message.request_id, expected)
+    _refuse_too_long(message.request_id, "request_id", MAX_REQUEST_ID_LENGTH)
+    _refuse_too_long(message.cache_salt, "cache_salt", MAX_CACHE_SALT_LENGTH)
     return GenerateRequest(
         request_id=message.request_id or uuid.uuid4().hex,
         prompt=_prompt_from_proto(message),
         sampling=_sampling_from_proto(message.sampling),
-        steering=SteeringSpec(
-            tuple(
-                intervention_from_proto(intervention, f"steering.interventions[{i}]")
-                for i, intervention in enumerate(message.steering.interventions)
-            )
-        ),
+        steering=spec_from_proto(message.steering, "steering"),
         policies=tuple(message.policies),
         return_activations=message.return_activations,
+        priority=message.priority,
+        timeout_s=timeout_s,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -78,47 +60,6 @@ def request_to_proto(request: GenerateRequest, message_type: type[RequestT]) -> 
         return _request_to_proto(request, message_type)
     except UnicodeEncodeError as error:
         raise InvalidRequestError("request", error.object, "text that UTF-8 can encode") from None
-
-
-def intervention_from_proto(message: steering_pb2.Intervention, path: str) -> Intervention:
-    """Read one intervention; ``path`` is where it stands in the request."""
-    expect(message.op in _OPS, f"{path}.op", message.op, f"one of {', '.join(f'OP_{op.name}' for op in Op)}")
-    expect(
-        message.phase in _PHASES,
-        f"{path}.phase",
-        message.phase,
-        f"one of {', '.join(f'PHASE_{p.name}' for p in Phase)}",
-    )
-    value_field = message.WhichOneof("value")
-    return Intervention(
-        target=_target_from_proto(message, path),
-        op=_OPS[message.op],
-        value=None if value_field is None else getattr(message, value_field),
-        unit=Unit.RAW if value_field is None else Unit(value_field),
-        always=message.always,
-        phase=_PHASES[message.phase],
-    )
-
-
-def intervention_to_proto(intervention: Intervention, path: str) -> steering_pb2.Intervention:
-    """Write one intervention; ``path`` is where it stands in the request."""
-    message = steering_pb2.Intervention(
-        op=steering_pb2.Op.Value(f"OP_{intervention.op.name}"),
-        always=intervention.always,
-        phase=steering_pb2.Phase.Value(f"PHASE_{intervention.phase.name}"),
-    )
-    if intervention.value is not None:
-        setattr(message, intervention.unit.value, intervention.value)
-    match intervention.target:
-        case FeatureTarget(sae, feature):
-            message.feature.sae = sae
-            message.feature.feature = bounded(feature, f"{path}.feature.feature", *_UINT32)
-        case ConceptTarget(concept):
-            message.concept = concept
-        case DirectionTarget(site, vector):
-            message.direction.site = str(site)
-            message.direction.vector = np.asarray(vector, dtype="<f4").tobytes()
-    return message
 
 
 def _prompt_from_proto(message: RequestMessage) -> Prompt:
@@ -137,14 +78,11 @@ def _request_to_proto(request: GenerateRequest, message_type: type[RequestT]) ->
     message = message_type(
         request_id=request.request_id,
         sampling=_sampling_to_proto(request.sampling),
-        steering=steering_pb2.SteeringSpec(
-            interventions=[
-                intervention_to_proto(intervention, f"steering.interventions[{i}]")
-                for i, intervention in enumerate(request.steering.interventions)
-            ]
-        ),
+        steering=spec_to_proto(request.steering, "steering"),
         policies=request.policies,
         return_activations=request.return_activations,
+        priority=bounded(request.priority, "priority", *_INT32),
+        cache_salt=request.cache_salt,
     )
     _write_prompt(request.prompt, message)
     return message
@@ -170,6 +108,7 @@ def _write_prompt(prompt: Prompt, message: RequestMessage) -> None:
 def _sampling_to_proto(sampling: SamplingParams) -> generation_pb2.SamplingParams:
     return generation_pb2.SamplingParams(
         max_tokens=bounded(sampling.max_tokens, "sampling.max_tokens", *_INT32),
+        n=sampling.n,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=bounded(sampling.top_k, "sampling.top_k", *_INT32),
@@ -202,28 +141,5 @@ def _sampling_from_proto(message: generation_pb2.SamplingParams) -> SamplingPara
     return SamplingParams(**given)
 
 
-def _target_from_proto(message: steering_pb2.Intervention, path: str) -> Target:
-    match message.WhichOneof("target"):
-        case "feature":
-            feature = message.feature
-            expect(feature.HasField("feature"), f"{path}.feature.feature", None, "the index of a feature")
-            return FeatureTarget(feature.sae, feature.feature)
-        case "concept":
-            return ConceptTarget(message.concept)
-        case "direction":
-            site = Site.parse(message.direction.site, f"{path}.direction.site")
-            num_bytes = len(message.direction.vector)
-            expect(
-                num_bytes > 0 and num_bytes % 4 == 0,
-                f"{path}.direction.vector",
-                f"{num_bytes} bytes",
-                "little-endian float32 values, 4 bytes each",
-            )
-            return DirectionTarget(site, np.frombuffer(message.direction.vector, dtype="<f4").astype(np.float32))
-        case _:
-            raise InvalidRequestError(f"{path}.target", None, "one of feature, concept or direction")
-
-
-def _refuse_too_many(count: int, field: str) -> None:
-    """Conversion runs in the event loop: a message of a million small parts must not hold it up."""
-    expect(count <= MAX_ELEMENTS, field, f"{count} elements", f"at most {MAX_ELEMENTS}")
+def _refuse_too_long(text: str, field: str, limit: int) -> None:
+    expect(len(text) <= limit, field, text, f"at most {limit} characters")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from steerserve.serving.convert_steering import GUARD_ACTIONS, guard_action_to_proto
 from steerserve.types import (
     FinishReason,
+    GuardEvent,
     InterventionReceipt,
     PositionScores,
     Receipt,
@@ -28,22 +31,20 @@ _FINISH_REASONS = {generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.nam
 
 
 def response_to_proto(outputs: Sequence[StepOutput]) -> generation_pb2.GenerateResponse:
-    """Join all outputs of one request, the last of which has finished."""
-    token_ids = [token for output in outputs for token in output.token_ids]
+    """Join all outputs of one request, every response of which has finished."""
+    pieces: defaultdict[int, list[StepOutput]] = defaultdict(list)
+    for output in outputs:
+        pieces[output.index].append(output)
     return generation_pb2.GenerateResponse(
-        request_id=outputs[-1].request_id,
-        text="".join(output.text for output in outputs),
-        token_ids=generation_pb2.TokenIds(ids=token_ids),
-        scores=[scores for output in outputs for scores in _scores_to_proto(output.scores)],
-        logprobs=[entry for output in outputs for entry in _logprobs_to_proto(output.logprobs)],
-        finish_info=_finish_to_proto(outputs[-1], len(token_ids)),
+        request_id=outputs[-1].request_id, completions=[_completion_to_proto(pieces[index]) for index in sorted(pieces)]
     )
 
 
 def step_to_proto(output: StepOutput, num_generated_tokens: int) -> generation_pb2.GenerateStreamResponse:
-    """Write one piece of a stream; ``num_generated_tokens`` counts up to and with this piece."""
+    """Write one piece of a stream; ``num_generated_tokens`` counts up to and with this piece of its response."""
     return generation_pb2.GenerateStreamResponse(
         request_id=output.request_id,
+        index=output.index,
         text=output.text,
         token_ids=generation_pb2.TokenIds(ids=output.token_ids),
         scores=_scores_to_proto(output.scores),
@@ -52,26 +53,17 @@ def step_to_proto(output: StepOutput, num_generated_tokens: int) -> generation_p
     )
 
 
-def output_from_proto(message: generation_pb2.GenerateStreamResponse | generation_pb2.GenerateResponse) -> StepOutput:
-    """Read one piece of a stream, or a whole response as a single piece."""
-    finished = message.HasField("finish_info")
-    finish = message.finish_info
-    return StepOutput(
-        request_id=message.request_id,
-        token_ids=tuple(message.token_ids.ids),
-        text=message.text,
-        scores=tuple(
-            PositionScores(scores.position, np.array(scores.scores, dtype=np.float32)) for scores in message.scores
-        ),
-        logprobs=tuple(
-            TokenLogprobs(entry.logprob, entry.rank, tuple((top.token_id, top.logprob) for top in entry.top))
-            for entry in message.logprobs
-        ),
-        finish_reason=_FINISH_REASONS[finish.finish_reason] if finished else None,
-        stop_reason=_stop_reason_from_proto(finish),
-        num_prompt_tokens=finish.num_prompt_tokens,
-        receipt=receipt_from_proto(finish.receipt) if finish.HasField("receipt") else None,
+def outputs_from_proto(message: generation_pb2.GenerateResponse) -> tuple[StepOutput, ...]:
+    """Read whole responses, each as a single piece."""
+    return tuple(
+        _output_from_proto(completion, message.request_id, index)
+        for index, completion in enumerate(message.completions)
     )
+
+
+def piece_from_proto(message: generation_pb2.GenerateStreamResponse) -> StepOutput:
+    """Read one piece of a stream."""
+    return _output_from_proto(message, message.request_id, message.index)
 
 
 def receipt_to_proto(receipt: Receipt) -> receipt_pb2.Receipt:
@@ -82,6 +74,9 @@ def receipt_to_proto(receipt: Receipt) -> receipt_pb2.Receipt:
         policies=receipt.policies,
         packs=receipt.packs,
         steered=receipt.steered,
+        num_rewinds=receipt.num_rewinds,
+        num_rewound_tokens=receipt.num_rewound_tokens,
+        num_cached_tokens=receipt.num_cached_tokens,
         interventions=[
             receipt_pb2.InterventionReceipt(**(vars(entry) | {"site": str(entry.site)}))
             for entry in receipt.interventions
@@ -97,6 +92,9 @@ def receipt_from_proto(message: receipt_pb2.Receipt) -> Receipt:
         policies=tuple(message.policies),
         packs=dict(message.packs),
         steered=message.steered,
+        num_rewinds=message.num_rewinds,
+        num_rewound_tokens=message.num_rewound_tokens,
+        num_cached_tokens=message.num_cached_tokens,
         interventions=tuple(
             InterventionReceipt(
                 source=entry.source,
@@ -142,13 +140,61 @@ def model_info_to_proto(engine: Engine) -> generation_pb2.GetModelInfoResponse:
     )
 
 
+def _completion_to_proto(pieces: Sequence[StepOutput]) -> generation_pb2.Completion:
+    token_ids = [token for piece in pieces for token in piece.token_ids]
+    return generation_pb2.Completion(
+        text="".join(piece.text for piece in pieces),
+        token_ids=generation_pb2.TokenIds(ids=token_ids),
+        scores=[scores for piece in pieces for scores in _scores_to_proto(piece.scores)],
+        logprobs=[entry for piece in pieces for entry in _logprobs_to_proto(piece.logprobs)],
+        finish_info=_finish_to_proto(pieces[-1], len(token_ids)),
+    )
+
+
+def _output_from_proto(
+    message: generation_pb2.Completion | generation_pb2.GenerateStreamResponse, request_id: str, index: int
+) -> StepOutput:
+    finished = message.HasField("finish_info")
+    finish = message.finish_info
+    return StepOutput(
+        request_id=request_id,
+        index=index,
+        token_ids=tuple(message.token_ids.ids),
+        text=message.text,
+        scores=tuple(
+            PositionScores(scores.position, np.array(scores.scores, dtype=np.float32)) for scores in message.scores
+        ),
+        logprobs=tuple(
+            TokenLogprobs(entry.logprob, entry.rank, tuple((top.token_id, top.logprob) for top in entry.top))
+            for entry in message.logprobs
+        ),
+        finish_reason=_FINISH_REASONS[finish.finish_reason] if finished else None,
+        stop_reason=_stop_reason_from_proto(finish),
+        num_prompt_tokens=finish.num_prompt_tokens,
+        receipt=receipt_from_proto(finish.receipt) if finish.HasField("receipt") else None,
+        guard_events=tuple(
+            GuardEvent(event.guard, GUARD_ACTIONS[event.action], event.position, event.score)
+            for event in finish.guard_events
+        ),
+    )
+
+
 def _finish_to_proto(output: StepOutput, num_generated_tokens: int) -> generation_pb2.FinishInfo:
-    assert output.finish_reason is not None, "only the last output of a request ends it"
+    assert output.finish_reason is not None, "only the last output of a response ends it"
     message = generation_pb2.FinishInfo(
         finish_reason=generation_pb2.FinishReason.Value(f"FINISH_REASON_{output.finish_reason.name}"),
         num_prompt_tokens=output.num_prompt_tokens,
         num_generated_tokens=num_generated_tokens,
         receipt=None if output.receipt is None else receipt_to_proto(output.receipt),
+        guard_events=[
+            generation_pb2.GuardEvent(
+                guard=event.guard,
+                action=guard_action_to_proto(event.action),
+                position=event.position,
+                score=event.score,
+            )
+            for event in output.guard_events
+        ],
     )
     match output.stop_reason:
         case str(stop_string):

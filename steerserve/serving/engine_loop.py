@@ -44,7 +44,7 @@ class EngineLoop:
         self._refusal: str | None = None
         self._admission = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
         self._admitting = threading.Lock()  # holds up admission while a failed step is undone
-        self._admitted: set[str] = set()  # what the engine holds
+        self._admitted: dict[str, int] = {}  # what the engine holds: the responses of each that have not ended
         self._work = threading.Event()
         self._stopping = False
         self._event_loop = asyncio.get_running_loop()
@@ -70,7 +70,7 @@ class EngineLoop:
         queue = self._queues[engine_id] = asyncio.Queue()
         try:
             await self._event_loop.run_in_executor(self._admission, self._admit, replace(request, request_id=engine_id))
-            yield _outputs(queue, request.request_id)
+            yield _outputs(queue, request)
         finally:
             del self._queues[engine_id]
             self._open_ids.remove(request.request_id)
@@ -100,11 +100,11 @@ class EngineLoop:
 
     def _admit(self, request: GenerateRequest) -> None:
         with self._admitting:
-            self._admitted.add(request.request_id)  # before it can end
+            self._admitted[request.request_id] = request.sampling.n  # before it can end
             try:
                 self.engine.add_request(request)
             except BaseException:
-                self._admitted.discard(request.request_id)
+                del self._admitted[request.request_id]
                 raise
         self._work.set()
 
@@ -133,7 +133,14 @@ class EngineLoop:
                 self._drop_everything()
             else:
                 self._event_loop.call_soon_threadsafe(self._deliver, outputs)
-                self._admitted.difference_update(output.request_id for output in outputs if _is_last(output))
+                self._forget_ended(outputs)
+
+    def _forget_ended(self, outputs: Iterable[StepOutput]) -> None:
+        for output in outputs:
+            if _is_last(output):
+                self._admitted[output.request_id] -= 1
+                if self._admitted[output.request_id] == 0:
+                    del self._admitted[output.request_id]
 
     def _drop_everything(self) -> None:
         """Any request may have made the step fail: end them all, and see that a step without them succeeds."""
@@ -164,14 +171,15 @@ class EngineLoop:
         await self._on_broken()
 
 
-async def _outputs(queue: asyncio.Queue[_Item], request_id: str) -> AsyncIterator[StepOutput]:
-    while True:
+async def _outputs(queue: asyncio.Queue[_Item], request: GenerateRequest) -> AsyncIterator[StepOutput]:
+    """Until every response of ``request`` has ended, or one of them with an error."""
+    num_unfinished = request.sampling.n
+    while num_unfinished:
         item = await queue.get()
         if isinstance(item, Exception):
             raise item
-        yield replace(item, request_id=request_id)
-        if _is_last(item):
-            return
+        num_unfinished -= _is_last(item)
+        yield replace(item, request_id=request.request_id)
 
 
 def _is_last(output: StepOutput) -> bool:

@@ -7,6 +7,8 @@ Types name a field by its place in the dataclasses, callers by its place in the 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.unknown_fields import UnknownFieldSet
@@ -16,19 +18,27 @@ from steerserve.v1 import generation_pb2
 
 RequestMessage = generation_pb2.GenerateRequest | generation_pb2.GenerateStreamRequest
 
-_INTERVENTION_FIELD = re.compile(
-    r"(?P<path>steering\.interventions\[(?P<index>\d+)\])\.(?P<name>target|value|unit)(?:\.(?P<leaf>\w+))?"
-)
+_TARGET_OR_VALUE = re.compile(r"(?P<path>steering\..+)\.(?P<name>target|value|unit)(?:\.(?P<leaf>\w+))?")
+_STEP = re.compile(r"(?P<name>\w+)(?:\[(?P<index>\d+)\])?")
 _PROMPT_FIELD = re.compile(r"prompt(?:\.\w+)?(?P<element>\[\d+\])?")
 _ELEMENTS = {"text": "text", "token_ids": "token_ids.ids", "messages": "messages.messages"}
 
 
+class AsShown(str):
+    """A value of which only its repr is left."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def proto_field(field: str, message: RequestMessage) -> str:
     """The path in ``message`` of what the types call ``field``, e.g. ``steering.interventions[0].target.site``."""
-    match = _INTERVENTION_FIELD.fullmatch(field)
-    if match is not None and int(match["index"]) < len(message.steering.interventions):
-        sent = message.steering.interventions[int(match["index"])]
-        chosen = sent.WhichOneof("target") if match["name"] == "target" else sent.WhichOneof("value")
+    match = _TARGET_OR_VALUE.fullmatch(field)
+    if match is not None:
+        sent = _part_at(match["path"], message)
+        chosen = sent.WhichOneof("target" if match["name"] == "target" else "value")
         leaf = match["leaf"]
         path = f"{match['path']}.{chosen or match['name']}"
         return path if leaf is None or chosen == "concept" else f"{path}.{leaf}"
@@ -37,6 +47,24 @@ def proto_field(field: str, message: RequestMessage) -> str:
     if match is not None and form is not None:
         return _ELEMENTS[form] + match["element"] if match["element"] else form
     return field
+
+
+def _part_at(path: str, message: ProtoMessage) -> ProtoMessage:
+    """The part of ``message`` at ``path``, e.g. ``steering.guards[0].rewind.edits[1]``."""
+    for match in _STEP.finditer(path):
+        part = getattr(message, match["name"])
+        message = part if match["index"] is None else part[int(match["index"])]
+    return message
+
+
+@contextmanager
+def rooted_at(path: str) -> Iterator[None]:
+    """Errors of a type that was read at ``path`` name a field of the message, not ``<type>.<field>``."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        field = error.field.partition(".")[2]
+        raise InvalidRequestError(f"{path}.{field}", AsShown(error.value), error.expected) from None
 
 
 def refuse_unknown_fields(message: ProtoMessage, path: str = "") -> None:
@@ -70,3 +98,8 @@ def expect(valid: bool, field: str, value: object, expected: str) -> None:
     """Raise InvalidRequestError unless ``valid``."""
     if not valid:
         raise InvalidRequestError(field, value, expected)
+
+
+def refuse_too_many(count: int, field: str, limit: int) -> None:
+    """Conversion runs in the event loop: a message of a million small parts must not hold it up."""
+    expect(count <= limit, field, f"{count} elements", f"at most {limit}")

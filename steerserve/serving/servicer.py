@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     """Answers ``steerserve.v1.GenerationService`` from one engine loop.
 
     A call that is cancelled, or runs past its deadline, is a cancelled coroutine here; it leaves
-    ``EngineLoop.open``, which aborts the request.
+    ``EngineLoop.open``, which aborts the request. The engine knows the deadline too and does not wait for that.
     """
 
     def __init__(self, engine_loop: EngineLoop) -> None:
@@ -34,7 +35,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         try:
-            async with self._engine_loop.open(request_from_proto(request)) as outputs:
+            async with self._engine_loop.open(request_from_proto(request, context.time_remaining())) as outputs:
                 return response_to_proto([output async for output in outputs])
         except Exception as error:
             await _end_with_status(error, request, context)
@@ -43,12 +44,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateStream(  # type: ignore[override]  # noqa: N802
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> None:
-        num_generated_tokens = 0
+        num_generated_tokens: Counter[int] = Counter()  # by index
         try:
-            async with self._engine_loop.open(request_from_proto(request)) as outputs:
+            async with self._engine_loop.open(request_from_proto(request, context.time_remaining())) as outputs:
                 async for output in outputs:
-                    num_generated_tokens += len(output.token_ids)
-                    await context.write(step_to_proto(output, num_generated_tokens))
+                    num_generated_tokens[output.index] += len(output.token_ids)
+                    await context.write(step_to_proto(output, num_generated_tokens[output.index]))
         except Exception as error:
             await _end_with_status(error, request, context)
 

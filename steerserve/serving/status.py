@@ -27,6 +27,7 @@ from steerserve.errors import (
     ServiceError,
     SteerserveError,
 )
+from steerserve.serving.fields import AsShown
 
 _log = logging.getLogger(__name__)
 
@@ -37,15 +38,6 @@ _FIELD_ERRORS: dict[type[FieldError], tuple[int, str]] = {
 }
 # Statuses travel in HTTP/2 trailers, which clients cap at 8 KiB; some texts appear in them three times.
 _MAX_TEXT = 600
-
-
-class _AsShown(str):
-    """A value of which only its repr has crossed the wire."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return str(self)
 
 
 def status_of(error: Exception, locate: Callable[[str], str]) -> status_pb2.Status:
@@ -81,7 +73,7 @@ def error_of(call: grpc.Call) -> SteerserveError:
         _ = detail.Unpack(info) or detail.Unpack(retry)
     for error_type, (_, reason) in _FIELD_ERRORS.items():
         if info.reason == reason:
-            return error_type(info.metadata["field"], _AsShown(info.metadata["value"]), info.metadata["expected"])
+            return error_type(info.metadata["field"], AsShown(info.metadata["value"]), info.metadata["expected"])
     if info.reason == "CAPACITY":
         return CapacityError(status.message, retry.retry_delay.ToNanoseconds() / 1e9)
     return ServiceError(code_pb2.Code.Name(status.code), status.message)

@@ -1,6 +1,8 @@
 """Steering written on one line, for the command line and the Python client.
 
-    TARGET=OP[:VALUE][@PHASE]
+An intervention:
+
+    TARGET=OP[:VALUE][@PHASE][ if TARGET>NUMBER]
 
     TARGET  CONCEPT                       profanity
             SAE/FEATURE                   smollm2-l14/1234
@@ -9,8 +11,17 @@
     VALUE   a number, or a multiple of the recorded maximum activation: 2.5, -1x
     PHASE   all (default) | prompt | generated
 
-Read from the right: the last ``=`` ends the target, the last ``/`` the name of the SAE and the last
-``@`` of a target the file, so that names and paths may hold any of them.
+A guard, which reads its target and acts when the score exceeds the number:
+
+    TARGET>NUMBER=ACTION[@PHASE]
+
+    ACTION  flag | block | rewind:TOKENS[*RETRIES]
+
+    behind a rewind: `` with INTERVENTION[; INTERVENTION]...[ else ACTION]``
+
+Interventions are read from the right: the last ``=`` ends the target, the last ``/`` the name of the SAE and the
+last ``@`` of a target the file, so that names and paths may hold any of them. What is written on one line fails
+closed; ``Guard.fail_open`` is for those who write it out.
 """
 
 from __future__ import annotations
@@ -21,11 +32,36 @@ from pathlib import Path
 import numpy as np
 
 from steerserve.errors import InvalidRequestError
-from steerserve.types import ConceptTarget, DirectionTarget, FeatureTarget, Intervention, Op, Phase, Site, Target, Unit
+from steerserve.types import (
+    ConceptTarget,
+    DirectionTarget,
+    FeatureTarget,
+    Gate,
+    Guard,
+    GuardAction,
+    Intervention,
+    Op,
+    Phase,
+    Rewind,
+    Site,
+    Target,
+    Unit,
+)
 
-GRAMMAR = "TARGET=OP[:VALUE][@PHASE]"
+GRAMMAR = "TARGET=OP[:VALUE][@PHASE][ if TARGET>NUMBER]"
+GUARD_GRAMMAR = (
+    "TARGET>NUMBER=ACTION[@PHASE] with ACTION flag, block or rewind:TOKENS[*RETRIES]; a rewind goes on with "
+    "' with INTERVENTION[; INTERVENTION]...[ else flag]'"
+)
 
-_ACTION = re.compile(r"(?P<op>\w+)(?::(?P<value>[^@]*))?(?:@(?P<phase>\w+))?")
+_INTERVENTION = re.compile(
+    r"(?P<target>.+)=(?P<op>\w+)(?::(?P<value>[^@\s]*))?(?:@(?P<phase>\w+))?"
+    r"(?: if (?P<gate>.+)>(?P<threshold>[^>]*))?"
+)
+_GUARD = re.compile(
+    r"(?P<target>.+?)>(?P<threshold>[^>=]*)=(?P<action>\w+)(?::(?P<tokens>\d{1,9})(?:\*(?P<retries>\d{1,9}))?)?"
+    r"(?:@(?P<phase>\w+))?(?: with (?P<edits>.+?)(?: else (?P<otherwise>\w+))?)?"
+)
 _CLAMP_ALWAYS = "clamp_always"
 _OP_NAMES = (*Op, _CLAMP_ALWAYS)
 
@@ -40,24 +76,78 @@ def parse_intervention(text: str, field: str = "steer") -> Intervention:
         InvalidRequestError: the text does not follow the grammar, or its file holds no vector. Names
             are resolved, and values checked, by the server.
     """
-    target, separator, action = text.rpartition("=")
-    match = _ACTION.fullmatch(action)
-    if not (target and separator and match):
+    match = _INTERVENTION.fullmatch(text)
+    if match is None:
         raise InvalidRequestError(field, text, f"{GRAMMAR}, e.g. 'profanity=clamp:-1x'")
-    op, value, phase = match["op"], match["value"], match["phase"] or Phase.ALL
+    op, value = match["op"], match["value"]
     if op not in _OP_NAMES:
         raise InvalidRequestError(f"{field} (operation)", op, f"one of {', '.join(_OP_NAMES)}")
-    if phase not in set(Phase):
-        raise InvalidRequestError(f"{field} (phase)", phase, f"one of {', '.join(Phase)}")
     number, unit = (None, Unit.RAW) if value is None else _parse_value(value, field)
+    gate = match["gate"]
     return Intervention(
-        target=_parse_target(target, field),
+        target=_parse_target(match["target"], field),
         op=Op.CLAMP if op == _CLAMP_ALWAYS else Op(op),
         value=number,
         unit=unit,
         always=op == _CLAMP_ALWAYS,
-        phase=Phase(phase),
+        phase=_parse_phase(match["phase"], field),
+        gate=None if gate is None else Gate(_parse_target(gate, field), _parse_threshold(match["threshold"], field)),
     )
+
+
+def parse_guard(text: str, field: str = "guard") -> Guard:
+    """Read one guard, e.g. ``profanity>0.5=block`` or ``profanity>0.5=rewind:8 with profanity=clamp:-2x``.
+
+    Args:
+        field: what errors call the text.
+
+    Raises:
+        InvalidRequestError: as ``parse_intervention``.
+    """
+    match = _GUARD.fullmatch(text)
+    if match is None:
+        raise InvalidRequestError(field, text, f"{GUARD_GRAMMAR}, e.g. 'profanity>0.5=block'")
+    action = _parse_action(match["action"], field)
+    rewinds = action is GuardAction.REWIND
+    if {match["tokens"] is not None, match["edits"] is not None} != {rewinds}:
+        expected = f"{GUARD_GRAMMAR}, e.g. 'profanity>0.5=rewind:8 with profanity=clamp:-2x'"
+        raise InvalidRequestError(field, text, expected)
+    return Guard(
+        target=_parse_target(match["target"], field),
+        threshold=_parse_threshold(match["threshold"], field),
+        action=action,
+        rewind=_parse_rewind(match, field) if rewinds else None,
+        phase=_parse_phase(match["phase"], field),
+    )
+
+
+def _parse_rewind(match: re.Match[str], field: str) -> Rewind:
+    edits = match["edits"].split("; ")
+    return Rewind(
+        num_tokens=int(match["tokens"]),
+        edits=tuple(parse_intervention(edit, f"{field} (edit {i})") for i, edit in enumerate(edits)),
+        max_retries=int(match["retries"] or 1),
+        otherwise=_parse_action(match["otherwise"] or GuardAction.BLOCK, field),
+    )
+
+
+def _parse_action(text: str, field: str) -> GuardAction:
+    if text not in set(GuardAction):
+        raise InvalidRequestError(f"{field} (action)", text, f"one of {', '.join(GuardAction)}")
+    return GuardAction(text)
+
+
+def _parse_phase(text: str | None, field: str) -> Phase:
+    if text is not None and text not in set(Phase):
+        raise InvalidRequestError(f"{field} (phase)", text, f"one of {', '.join(Phase)}")
+    return Phase(text or Phase.ALL)
+
+
+def _parse_threshold(text: str, field: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InvalidRequestError(f"{field} (threshold)", text, "a number") from None
 
 
 def _parse_target(text: str, field: str) -> Target:

@@ -56,6 +56,32 @@ def test_generate_passes_on_how_to_draw_and_where_to_stop(server, tiny, tokenize
     assert run("generate", "Hello", *steer, *options, "--max-tokens", "9").stdout == piece * 9 + "\n"
 
 
+def test_generate_passes_on_biases_and_shows_log_probabilities(server, tokenizer) -> None:
+    options = ["--target", server.address, "--max-tokens", "3", "--temperature", "0", "--priority", "-1"]
+    result = run("generate", "Hello", *options, "--logit-bias", "700=100", "--logprobs", "2", "--stop-token-id", "7")
+    assert result.exit_code == 0
+    assert result.stdout == tokenizer.decode([700] * 3) + "\n"
+    assert "log-probability" in result.stderr
+    assert result.stderr.count("  700  ") == 3
+    stopped = run("generate", "Hello", *options, "--logit-bias", "700=100", "--stop-token-id", "700")
+    assert stopped.stdout == "\n"
+    assert "log-probability" not in stopped.stderr
+
+
+def test_generate_shows_every_response_with_its_receipt(server, tiny, tokenizer) -> None:
+    steer = ["--steer", "tiny-sae/4=clamp_always:1x", "--temperature", "0", "--max-tokens", "2"]
+    result = run("generate", "Hello", "--target", server.address, *steer, "--n", "3")
+    assert result.exit_code == 0
+    assert result.stdout == (tokenizer.decode([tiny.feature_token[4]] * 2) + "\n") * 3
+    assert result.stderr.count("receipt: steered") == 3
+
+
+def test_generate_shows_what_a_guard_did(server) -> None:
+    result = run("generate", "Hello", "--target", server.address, "--guard", "mood>-1e9=block", "--max-tokens", "2")
+    assert (result.exit_code, result.stdout) == (0, "\n")
+    assert "guard 0: block at position 0, score " in result.stderr
+
+
 def test_generate_sends_a_direction_from_a_file(server, tiny, tokenizer, tmp_path) -> None:
     np.save(tmp_path / "calm.npy", tiny.unembedding[700].numpy())
     steer = f"direction:{tmp_path / 'calm.npy'}@{tiny.site}=add:1000"
@@ -70,6 +96,8 @@ def test_generate_sends_a_direction_from_a_file(server, tiny, tokenizer, tmp_pat
         (["--policy", "nope"], "policies[0]: got 'nope', expected a loaded policy: mood@1"),
         (["--steer", "nope=block"], "steering.interventions[0].concept: got 'nope', expected a loaded concept: mood"),
         (["--steer", "mood=explode"], "steer[0] (operation): got 'explode', expected one of"),
+        (["--guard", "mood=block"], "guards[0]: got 'mood=block', expected TARGET>NUMBER=ACTION[@PHASE]"),
+        (["--logit-bias", "x"], "--logit-bias: got 'x', expected TOKEN_ID=BIAS"),
         (["--max-tokens", "-3"], "sampling.max_tokens: got -3, expected an integer >= 1"),
         (["--target", "127.0.0.1:1"], "failed to connect"),
     ],
@@ -87,6 +115,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(server, options, message) -> None
     ("options", "message"),
     [
         (["--port", "70000"], "--port: got 70000, expected less than or equal to 65535"),
+        (["--kv-cache-tokens", "9"], "--kv-cache-tokens: got 9, expected "),
         (["--dtype", "int8"], "--dtype: got 'int8', expected 'bfloat16' or 'float32'"),
         (["--model", "{tiny}", "--pack", "nope"], "'nope' is neither a directory nor one of the built-in packs"),
         (["--model", "{smollm2}", "--pack", "{pack}"], "pack.model.fingerprint: got"),

@@ -10,7 +10,16 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from steerserve import ConceptTarget, DirectionTarget, Intervention, Op, Site, SteerserveClient
+from steerserve import (
+    ConceptTarget,
+    DirectionTarget,
+    FeatureTarget,
+    Gate,
+    Intervention,
+    Op,
+    Site,
+    SteerserveClient,
+)
 from steerserve.errors import CapacityError, IncompatibleError, InvalidRequestError, ServiceError
 from steerserve.v1 import generation_pb2 as pb
 from steerserve.v1 import generation_pb2_grpc
@@ -39,6 +48,23 @@ def feature(index: int | None, sae: str = "tiny-sae") -> dict[str, object]:
     return {"feature": steering.FeatureTarget(sae=sae, feature=index)}
 
 
+def gated(**fields: object) -> dict[str, object]:
+    return spec(op=steering.OP_BLOCK, raw=None, gate=steering.Gate(**({"threshold": 1.0} | fields)), **feature(1))
+
+
+def guarded(**changes: object) -> dict[str, object]:
+    """One guard, by default a valid one; a change to None leaves a field out."""
+    values = {"concept": "mood", "threshold": 1.0, "action": steering.GUARD_ACTION_BLOCK} | changes
+    return {"steering": steering.SteeringSpec(guards=[steering.Guard(**values)])}
+
+
+def rewinding(**changes: object) -> dict[str, object]:
+    """One guard that rewinds; the changes are to its rewind."""
+    values = {"num_tokens": 3, "edits": [steering.Intervention(concept="mood", op=steering.OP_BLOCK)]} | changes
+    return guarded(action=steering.GUARD_ACTION_REWIND, rewind=steering.Rewind(**values))
+
+
+BLOCK_AND_REWIND = guarded(rewind=rewinding()["steering"].guards[0].rewind)
 CASES = {
     "no prompt": ({"prompt": None}, INVALID, "prompt"),
     "empty text": ({"prompt": {"text": ""}}, INVALID, "text"),
@@ -78,6 +104,9 @@ CASES = {
     ),
     "too many logprobs": ({"sampling": pb.SamplingParams(logprobs=21)}, INVALID, "sampling.logprobs"),
     "negative logprobs": ({"sampling": pb.SamplingParams(logprobs=-1)}, INVALID, "sampling.logprobs"),
+    "no responses": ({"sampling": pb.SamplingParams(n=0)}, INVALID, "sampling.n"),
+    "too many responses": ({"sampling": pb.SamplingParams(n=65)}, INVALID, "sampling.n"),
+    "overlong salt": ({"cache_salt": "x" * 129}, INVALID, "cache_salt"),
     "overlong id": ({"request_id": "x" * 129}, INVALID, "request_id"),
     "unknown policy": ({"policies": ["mood", "nope"]}, INVALID, "policies[1]"),
     "unknown version": ({"policies": ["mood@2"]}, INVALID, "policies[0]"),
@@ -127,6 +156,51 @@ CASES = {
         INVALID,
         "steering.interventions[1].feature",
     ),
+    "no gate target": (gated(), INVALID, "steering.interventions[0].gate.target"),
+    "no gate threshold": (gated(threshold=None, **feature(2)), INVALID, "steering.interventions[0].gate.threshold"),
+    "NaN gate threshold": (gated(threshold=np.nan, **feature(2)), INVALID, "steering.interventions[0].gate.threshold"),
+    "unknown gate concept": (gated(concept="nope"), INVALID, "steering.interventions[0].gate.concept"),
+    "unknown gate feature": (gated(**feature(32)), INVALID, "steering.interventions[0].gate.feature.feature"),
+    "wrong d in a gate": (
+        gated(**direction(values=[1.0] * 63)), PRECONDITION, "steering.interventions[0].gate.direction.vector",
+    ),
+    "no guard target": (guarded(concept=None), INVALID, "steering.guards[0].target"),
+    "unknown guard concept": (guarded(concept="nope"), INVALID, "steering.guards[0].concept"),
+    "unknown guard SAE": (guarded(concept=None, **feature(1, sae="nope")), INVALID, "steering.guards[0].feature.sae"),
+    "no guard threshold": (guarded(threshold=None), INVALID, "steering.guards[0].threshold"),
+    "infinite guard threshold": (guarded(threshold=np.inf), INVALID, "steering.guards[0].threshold"),
+    "no guard action": (guarded(action=None), INVALID, "steering.guards[0].action"),
+    "guard action of the future": (guarded(action=9), INVALID, "steering.guards[0].action"),
+    "guard phase of the future": (guarded(phase=9), INVALID, "steering.guards[0].phase"),
+    "no rewind": (guarded(action=steering.GUARD_ACTION_REWIND), INVALID, "steering.guards[0].rewind"),
+    "block and rewind": (BLOCK_AND_REWIND, INVALID, "steering.guards[0].rewind"),
+    "rewind of nothing": (rewinding(num_tokens=None), INVALID, "steering.guards[0].rewind.num_tokens"),
+    "long rewind": (rewinding(num_tokens=65), INVALID, "steering.guards[0].rewind.num_tokens"),
+    "rewind without edits": (rewinding(edits=[]), INVALID, "steering.guards[0].rewind.edits"),
+    "explicit zero retries": (rewinding(max_retries=0), INVALID, "steering.guards[0].rewind.max_retries"),
+    "too many retries": (rewinding(max_retries=5), INVALID, "steering.guards[0].rewind.max_retries"),
+    "rewind without end": (
+        rewinding(otherwise=steering.GUARD_ACTION_REWIND), INVALID, "steering.guards[0].rewind.otherwise",
+    ),
+    "wrong edit of a rewind": (
+        rewinding(edits=[spec(**feature(32))["steering"].interventions[0]]),
+        INVALID,
+        "steering.guards[0].rewind.edits[0].feature.feature",
+    ),
+    "phase of an edit in a rewind": (
+        rewinding(edits=[steering.Intervention(concept="mood", op=steering.OP_BLOCK, phase=steering.PHASE_PROMPT)]),
+        INVALID,
+        "steering.guards[0].rewind.edits[0].phase",
+    ),
+    "no op in a rewind": (
+        rewinding(edits=[steering.Intervention(concept="mood")]), INVALID, "steering.guards[0].rewind.edits[0].op",
+    ),
+    "too many guards": (
+        {"steering": steering.SteeringSpec(guards=[steering.Guard()] * 65)}, INVALID, "steering.guards",
+    ),
+    "too many edits of a rewind": (
+        rewinding(edits=[steering.Intervention()] * 65), INVALID, "steering.guards[0].rewind.edits",
+    ),
 }  # fmt: skip
 
 
@@ -162,11 +236,12 @@ def test_wrong_request_is_refused_with_its_field(stub, case, rpc) -> None:
     assert [violation.field for violation in bad_request.field_violations] == [field]
     assert "expected" in bad_request.field_violations[0].description
     assert (info.domain, info.metadata["field"]) == ("steerserve", field)
-    assert len(stub.Generate(message({})).token_ids.ids) == 2
+    (completion,) = stub.Generate(message({})).completions
+    assert len(completion.token_ids.ids) == 2
 
 
 def test_a_field_that_the_server_does_not_know_is_refused_not_ignored(stub) -> None:
-    """A client of a later version may ask for a gate; steering without it would be silently wrong."""
+    """A client of a later version may ask for a condition; steering without it would be silently wrong."""
     known = message(spec(**feature(1)))
     unknown_field_15_in_the_intervention = steering.Intervention.FromString(
         known.steering.interventions[0].SerializeToString() + b"\x78\x01"
@@ -213,6 +288,11 @@ def test_a_full_queue_says_when_to_retry(start_server, wait_until) -> None:
             IncompatibleError,
             "steering.interventions[0].direction.vector",
         ),
+        (
+            Intervention(FeatureTarget("tiny-sae", 1), Op.BLOCK, gate=Gate(ConceptTarget("nope"), 1.0)),
+            InvalidRequestError,
+            "steering.interventions[0].gate.concept",
+        ),
         ("nope=explode", InvalidRequestError, "steer[0] (operation)"),
     ],
 )
@@ -231,6 +311,8 @@ def test_the_client_raises_what_the_server_raised(client, steer, expected, field
         ({"logit_bias": {-1: 2.0}}, "sampling.logit_bias[-1]"),
         ({"stop_token_ids": [2, 2**32]}, "sampling.stop_token_ids[1]"),
         ({"request_id": "\ud800"}, "request"),
+        ({"priority": 2**31}, "priority"),
+        ({"guards": ["mood>1=explode"]}, "guards[0] (action)"),
     ],
 )
 def test_the_client_refuses_what_the_wire_cannot_carry(client, options, field) -> None:

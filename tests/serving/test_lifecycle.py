@@ -78,30 +78,32 @@ def test_a_deadline_frees_the_slot(client, wait_until, rpc) -> None:
     wait_until(lambda: num_running(client) == 0)
 
 
-def test_closing_a_stream_frees_the_slot_and_its_id(client, wait_until) -> None:
-    for _ in range(3):
-        stream = client.generate_stream("Hello", request_id="again", **LONG)
+@pytest.mark.parametrize("n", [1, 6])
+def test_closing_a_stream_frees_its_slots_and_its_id(client, wait_until, n) -> None:
+    for _ in range(2):
+        stream = client.generate_stream("Hello", request_id="again", n=n, **LONG)
         assert next(stream).finish_reason is None
+        wait_until(lambda: load(client) == (min(n, 4), max(n - 4, 0)))
         stream.close()
-        wait_until(lambda: num_running(client) == 0)
+        wait_until(lambda: load(client) == (0, 0))
 
 
 def test_a_failing_step_ends_its_requests_and_the_server_goes_on(own_server, monkeypatch, caplog, wait_until) -> None:
-    """Six requests on four slots: running and waiting ones all end, and nothing of them is left."""
+    """Five responses of three requests on four slots: running and waiting ones all end, and nothing is left of them."""
     step = own_server.engine.step
 
     def fail_once() -> None:
         monkeypatch.setattr(own_server.engine, "step", step)
         raise RuntimeError("secret detail")
 
-    def ask(_: int) -> ServiceError:
+    def ask(n: int) -> ServiceError:
         with pytest.raises(ServiceError) as raised:
-            client.generate("Hello", timeout=60, **LONG)
+            client.generate("Hello", timeout=60, n=n, **LONG)
         return raised.value
 
     with SteerserveClient(own_server.address) as client, ThreadPoolExecutor(6) as pool:
-        errors = pool.map(ask, range(6))
-        wait_until(lambda: load(client) == (4, 2))  # two may wait before all six are there
+        errors = pool.map(ask, (2, 2, 1))
+        wait_until(lambda: load(client) == (4, 1))
         monkeypatch.setattr(own_server.engine, "step", fail_once)
         for error in errors:
             assert (error.code, "secret" in str(error)) == ("INTERNAL", False)

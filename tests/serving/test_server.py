@@ -18,10 +18,14 @@ from steerserve import (
     ConceptTarget,
     DirectionTarget,
     FeatureTarget,
+    Gate,
+    Guard,
+    GuardAction,
     Intervention,
     Message,
     Op,
     Phase,
+    Rewind,
     SteerserveClient,
     Unit,
 )
@@ -75,7 +79,8 @@ def test_streaming_equals_unary(client, steer) -> None:
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert [piece.receipt for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert (pieces[-1].finish_reason, pieces[-1].receipt) == (reply.finish_reason, reply.receipt)
-    assert len(pieces) == len(reply.token_ids) == 12
+    assert len(pieces) >= len(reply.token_ids) == 12
+    assert {len(piece.token_ids) for piece in pieces[:-1]} == {1}
     streamed = [(at.position, at.scores.tolist()) for piece in pieces for at in piece.scores]
     assert streamed == [(at.position, at.scores.tolist()) for at in reply.scores]
 
@@ -135,7 +140,7 @@ def test_monitoring_reads_scores_and_changes_nothing(client) -> None:
     monitor = Intervention(ConceptTarget("mood"), Op.MONITOR)
     watched = client.generate(PROMPT, seed=1, max_tokens=5, steer=[monitor], return_activations=True)
     assert watched.token_ids == plain.token_ids
-    assert [at.position for at in watched.scores] == list(range(watched.num_prompt_tokens + 4))
+    assert [at.position for at in watched.scores] == list(range(watched.num_prompt_tokens + 5))
     scores = np.array([at.scores for at in watched.scores])
     assert scores.shape[1] == 1
     assert np.isfinite(scores).all()
@@ -158,6 +163,104 @@ def test_concurrent_clients_each_get_their_own_steering(server, tiny) -> None:
 def test_a_seed_reproduces_a_response(client) -> None:
     first, second, other = (client.generate(PROMPT, seed=seed, max_tokens=8).token_ids for seed in (3, 3, 4))
     assert first == second != other
+
+
+def test_every_response_of_a_request_is_that_of_its_own_seed(client) -> None:
+    options = {"max_tokens": 8, "logprobs": 1, "return_activations": True, "steer": ["mood=monitor"]}
+    reply = client.generate(PROMPT, seed=7, n=3, **options)
+    alone = [client.generate(PROMPT, seed=seed, **options) for seed in (7, 8, 9)]
+    assert [done.index for done in reply.completions] == [0, 1, 2]
+    assert [done.token_ids for done in reply.completions] == [single.token_ids for single in alone]
+    assert len({single.token_ids for single in alone}) == 3
+    assert (reply.text, reply.token_ids, reply.receipt) == tuple(
+        getattr(reply.completions[0], name) for name in ("text", "token_ids", "receipt")
+    )
+    pieces = list(client.generate_stream(PROMPT, seed=7, n=3, **options))
+    for index, (done, single) in enumerate(zip(reply.completions, alone, strict=True)):
+        own = [piece for piece in pieces if piece.index == index]
+        assert "".join(piece.text for piece in own) == done.text == single.text
+        assert tuple(token for piece in own for token in piece.token_ids) == done.token_ids
+        assert own[-1].receipt == done.receipt
+        assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [FinishReason.LENGTH]
+
+
+def test_the_engine_is_given_deadline_priority_and_salt(client, server, monkeypatch) -> None:
+    given, add_request = [], server.engine.add_request
+    monkeypatch.setattr(server.engine, "add_request", lambda request: (given.append(request), add_request(request)))
+    client.generate(PROMPT, max_tokens=1, timeout=50, priority=-3, cache_salt="mine")
+    list(client.generate_stream(PROMPT, max_tokens=1, timeout=50))
+    client.generate(PROMPT, max_tokens=1)
+    assert [(request.priority, request.cache_salt) for request in given] == [(-3, "mine"), (0, ""), (0, "")]
+    assert given[0].timeout_s == pytest.approx(50, abs=10)
+    assert given[1].timeout_s == pytest.approx(50, abs=10)
+    assert given[2].timeout_s is None
+
+
+@pytest.mark.parametrize("threshold", [-1e9, 1e9])
+def test_a_gate_opens_above_its_threshold(client, tiny, threshold) -> None:
+    steer = [feature(9, gate=Gate(ConceptTarget("mood"), threshold))]
+    reply = client.generate(PROMPT, steer=steer, temperature=0, max_tokens=6)
+    edited = {entry.label: entry.tokens_edited for entry in reply.receipt.interventions}
+    if threshold < 0:
+        assert set(reply.token_ids) == {tiny.feature_token[9]}
+        assert max(edited.values()) == reply.num_prompt_tokens + 5
+    else:
+        assert reply.token_ids == client.generate(PROMPT, temperature=0, max_tokens=6).token_ids
+        assert set(edited.values()) == {0}
+
+
+def towards_feature(tiny, index: int, **changes: object) -> Guard:
+    """A guard that fires where feature ``index`` was clamped."""
+    target = DirectionTarget(tiny.site, tiny.unembedding[tiny.feature_token[index]].numpy())
+    return Guard(**({"target": target, "threshold": 500.0, "action": GuardAction.BLOCK} | changes))
+
+
+def test_a_guard_that_flags_changes_nothing_else(client, tiny) -> None:
+    options = {"steer": [feature(9, phase=Phase.GENERATED)], "temperature": 0, "max_tokens": 4}
+    reply = client.generate(PROMPT, guards=[towards_feature(tiny, 9, action=GuardAction.FLAG)], **options)
+    assert reply.token_ids == client.generate(PROMPT, **options).token_ids
+    assert reply.finish_reason is FinishReason.LENGTH
+    positions = [event.position for event in reply.guard_events]
+    # The last token is read too before it is released.
+    assert positions == list(range(reply.num_prompt_tokens, reply.num_prompt_tokens + 4))
+    assert {(event.guard, event.action) for event in reply.guard_events} == {(0, GuardAction.FLAG)}
+    assert all(event.score > 500 for event in reply.guard_events)
+
+
+def test_a_guard_that_blocks_ends_the_response_before_what_it_fired_on(client, tiny) -> None:
+    guards = [towards_feature(tiny, 3), towards_feature(tiny, 9)]
+    steer = [feature(9, phase=Phase.GENERATED)]
+    options = {"steer": steer, "guards": guards, "temperature": 0, "max_tokens": 4}
+    reply = client.generate(PROMPT, **options)
+    assert (reply.text, reply.token_ids, reply.finish_reason) == ("", (), FinishReason.BLOCKED)
+    ((guard, action, position),) = [(event.guard, event.action, event.position) for event in reply.guard_events]
+    assert (guard, action, position) == (1, GuardAction.BLOCK, reply.num_prompt_tokens)
+    pieces = list(client.generate_stream(PROMPT, **options))
+    assert [piece.token_ids for piece in pieces if piece.token_ids] == []
+    assert (pieces[-1].finish_reason, pieces[-1].guard_events) == (FinishReason.BLOCKED, reply.guard_events)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_rewind_is_never_seen_and_the_receipt_counts_it(client, tiny, num_tokens) -> None:
+    """The guard fires on the first generated token; what follows is as if the stronger edit had been asked for.
+
+    The site is the last one: edits at earlier positions, which the rewind leaves alone, do not reach later ones.
+    """
+    calm = feature(9, value=0.0)
+    guard = towards_feature(tiny, 9, action=GuardAction.REWIND, rewind=Rewind(num_tokens, (calm,)))
+    options = {"temperature": 0, "max_tokens": 6, "logprobs": 2}
+    expected = client.generate(PROMPT, steer=[calm], **options)
+    steer = [feature(9, phase=Phase.GENERATED)]
+    reply = client.generate(PROMPT, steer=steer, guards=[guard], **options)
+    assert (reply.token_ids, reply.text) == (expected.token_ids, expected.text)
+    assert reply.token_ids != client.generate(PROMPT, steer=steer, **options).token_ids
+    assert reply.logprobs == expected.logprobs
+    ((action, position),) = [(event.action, event.position) for event in reply.guard_events]
+    assert (action, position) == (GuardAction.REWIND, reply.num_prompt_tokens)
+    assert (reply.receipt.num_rewinds, reply.receipt.num_rewound_tokens) == (1, 1)  # the prompt is never taken back
+    pieces = list(client.generate_stream(PROMPT, steer=steer, guards=[guard], **options))
+    assert tuple(token for piece in pieces for token in piece.token_ids) == expected.token_ids
+    assert "".join(piece.text for piece in pieces) == expected.text
 
 
 def test_finish_reasons(client, tiny) -> None:

@@ -53,6 +53,7 @@ def over_the_wire(error: Exception) -> SteerserveError:
         (IncompatibleError("pack", {"d": 3}, "another"), Code.FAILED_PRECONDITION),
         (CapacityError("full", retry_after_s=2.5), Code.RESOURCE_EXHAUSTED),
         (ServiceError("UNAVAILABLE", "draining"), Code.UNAVAILABLE),
+        (ServiceError("DEADLINE_EXCEEDED", "late"), Code.DEADLINE_EXCEEDED),
         (DetectorError("not finite"), Code.INTERNAL),
         (AssetError("damaged"), Code.INTERNAL),
         (KeyError("bug"), Code.INTERNAL),
@@ -81,11 +82,18 @@ def test_capacity_errors_come_back_with_their_delay() -> None:
     assert (str(back), back.retry_after_s) == ("full", 2.5)
 
 
-@pytest.mark.parametrize("error", [ServiceError("UNAVAILABLE", "draining"), DetectorError("not finite")])
-def test_other_errors_come_back_as_service_errors(error) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ServiceError("UNAVAILABLE", "draining"), "UNAVAILABLE"),
+        (ServiceError("DEADLINE_EXCEEDED", "late"), "DEADLINE_EXCEEDED"),
+        (DetectorError("not finite"), "INTERNAL"),
+    ],
+)
+def test_other_errors_come_back_as_service_errors(error, code) -> None:
     back = over_the_wire(error)
     assert isinstance(back, ServiceError)
-    assert str(back) == str(error)
+    assert (back.code, str(back)) == (code, str(error))
 
 
 def test_a_status_of_grpc_itself_is_a_service_error() -> None:

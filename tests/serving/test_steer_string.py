@@ -11,16 +11,22 @@ from steerserve import (
     ConceptTarget,
     DirectionTarget,
     FeatureTarget,
+    Gate,
+    Guard,
+    GuardAction,
     Intervention,
     Op,
     Phase,
+    Rewind,
     Site,
     Unit,
+    parse_guard,
     parse_intervention,
 )
 from steerserve.errors import InvalidRequestError
 
 PROFANITY = ConceptTarget("profanity")
+CLAMPED = Intervention(PROFANITY, Op.CLAMP, -2.0, Unit.MAX_ACTIVATION)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +42,18 @@ PROFANITY = ConceptTarget("profanity")
             Intervention(FeatureTarget("org/sae", 0), Op.CLIP, 100.0, phase=Phase.GENERATED),
         ),
         ("a=b/3=add:1@all", Intervention(FeatureTarget("a=b", 3), Op.ADD, 1.0)),
+        ("profanity=block if anger>0.5", Intervention(PROFANITY, Op.BLOCK, gate=Gate(ConceptTarget("anger"), 0.5))),
+        (
+            "sae/1=clamp:2x@generated if a=b>c/3>-1e-1",
+            Intervention(
+                FeatureTarget("sae", 1),
+                Op.CLAMP,
+                2.0,
+                Unit.MAX_ACTIVATION,
+                phase=Phase.GENERATED,
+                gate=Gate(FeatureTarget("a=b>c", 3), -0.1),
+            ),
+        ),
     ],
 )
 def test_reading(text: str, expected: Intervention) -> None:
@@ -74,6 +92,12 @@ def test_reading_a_direction(tmp_path: Path, name: str) -> None:
         ("direction:calm.npy=add:1", "steer (target)"),
         ("direction:calm.npy@layer 3=add:1", "steer (site)"),
         ("direction:no/such.npy@blocks.1.hook_resid_post=add:1", "steer (direction)"),
+        ("profanity=block if anger", "steer"),
+        ("profanity=block if >1", "steer"),
+        ("profanity=clamp:1 if anger", "steer"),
+        ("profanity=block if anger>", "steer (threshold)"),
+        ("profanity=block if anger>loud", "steer (threshold)"),
+        ("profanity=block if sae/first>1", "steer (target)"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_its_part(text: str, field: str) -> None:
@@ -87,3 +111,69 @@ def test_a_file_that_holds_no_vector_is_refused(tmp_path: Path, array: np.ndarra
     np.save(tmp_path / "wrong.npy", array)
     with pytest.raises(InvalidRequestError, match="one vector of real numbers"):
         parse_intervention(f"direction:{tmp_path / 'wrong.npy'}@blocks.1.hook_resid_post=block")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("profanity>0.5=flag", Guard(PROFANITY, 0.5, GuardAction.FLAG)),
+        ("profanity>-1=block@prompt", Guard(PROFANITY, -1.0, GuardAction.BLOCK, phase=Phase.PROMPT)),
+        ("a>b=c/7>1e3=block", Guard(FeatureTarget("a>b=c", 7), 1000.0, GuardAction.BLOCK)),
+        (
+            "profanity>0.5=rewind:8 with profanity=clamp:-2x",
+            Guard(PROFANITY, 0.5, GuardAction.REWIND, Rewind(8, (CLAMPED,))),
+        ),
+        (
+            "profanity>0.5=rewind:3*2@generated with profanity=clamp:-2x; sae/4=block if profanity>0.1 else flag",
+            Guard(
+                PROFANITY,
+                0.5,
+                GuardAction.REWIND,
+                Rewind(
+                    3,
+                    (CLAMPED, Intervention(FeatureTarget("sae", 4), Op.BLOCK, gate=Gate(PROFANITY, 0.1))),
+                    max_retries=2,
+                    otherwise=GuardAction.FLAG,
+                ),
+                phase=Phase.GENERATED,
+            ),
+        ),
+    ],
+)
+def test_reading_a_guard(text: str, expected: Guard) -> None:
+    assert parse_guard(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("", "guard"),
+        ("profanity", "guard"),
+        ("profanity=block", "guard"),
+        (">1=block", "guard"),
+        ("profanity>1", "guard"),
+        ("profanity>1=block with profanity=block", "guard"),
+        ("profanity>1=block:3", "guard"),
+        ("profanity>1=rewind with profanity=block", "guard"),
+        ("profanity>1=rewind:3", "guard"),
+        ("profanity>1=rewind:x with profanity=block", "guard"),
+        ("profanity>1=flag else block", "guard"),
+        ("profanity>1=explode", "guard (action)"),
+        ("profanity>=block", "guard (threshold)"),
+        ("profanity>loud=block", "guard (threshold)"),
+        ("profanity>1=block@never", "guard (phase)"),
+        ("sae/first>1=block", "guard (target)"),
+        ("profanity>1=rewind:3 with profanity=clamp:-1x; profanity=explode", "guard (edit 1) (operation)"),
+        ("profanity>1=rewind:3 with profanity", "guard (edit 0)"),
+        ("profanity>1=rewind:3 with profanity=block else explode", "guard (action)"),
+        ("profanity>1=rewind:3 with profanity=block else rewind", "rewind.otherwise"),
+        ("profanity>1=rewind:65 with profanity=block", "rewind.num_tokens"),
+        ("profanity>1=rewind:3*5 with profanity=block", "rewind.max_retries"),
+    ],
+)
+def test_a_guard_that_cannot_be_read_is_refused_with_its_part(text: str, field: str) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        parse_guard(text)
+    assert raised.value.field == field
+    if field == "guard":
+        assert "TARGET>NUMBER=ACTION" in raised.value.expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,6 +11,14 @@ CONTEXT_TOKENS = 6
 """Prompt tokens decoded along with the first new ones, so that a leading space is kept."""
 
 REPLACEMENT = "\ufffd"
+
+
+class DetokenizerState(NamedTuple):
+    """How far a ``Detokenizer`` had come."""
+
+    num_tokens: int
+    context_start: int
+    num_emitted: int
 
 
 class Detokenizer:
@@ -20,34 +29,53 @@ class Detokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._pending = list(prompt_token_ids[-CONTEXT_TOKENS:])
-        self._num_emitted = len(self._pending)
+        self._token_ids = list(prompt_token_ids[-CONTEXT_TOKENS:])
+        # Decoding starts here: the tokens up to num_emitted have been emitted and are the context of those behind.
+        self._context_start = 0
+        self._num_emitted = len(self._token_ids)
 
     def push(self, token_id: int) -> str:
         """Add a token; the text that is now certain."""
-        self._pending.append(token_id)
-        text = self._decode(self._pending)
+        self._token_ids.append(token_id)
+        text = self._decode(len(self._token_ids))
         if text.endswith(REPLACEMENT):
             return ""
         return self._emit(text)
 
     def finish(self) -> str:
         """What is left when no token follows; bytes that make no character become U+FFFD."""
-        return self._emit(self._decode(self._pending))
+        return self._emit(self._decode(len(self._token_ids)))
+
+    def snapshot(self) -> DetokenizerState:
+        """What ``restore`` needs to take back every token pushed from now on."""
+        return DetokenizerState(len(self._token_ids), self._context_start, self._num_emitted)
+
+    def restore(self, state: DetokenizerState) -> None:
+        """Go back to where an earlier ``snapshot`` was taken."""
+        num_tokens, self._context_start, self._num_emitted = state
+        del self._token_ids[num_tokens:]
 
     def _emit(self, text: str) -> str:
-        known = self._decode(self._pending[: self._num_emitted])
+        known = self._decode(self._num_emitted)
         if not text.startswith(known):  # a prompt that ends inside a character, which is whole now
             known = known.rstrip(REPLACEMENT)
-        # Keep the last emitted tokens as context for the next ones, and drop what came before.
-        self._pending = self._pending[self._num_emitted :] or self._pending
-        self._num_emitted = len(self._pending)
+        if self._num_emitted < len(self._token_ids):
+            self._context_start, self._num_emitted = self._num_emitted, len(self._token_ids)
         return text[len(known) :]
 
-    def _decode(self, token_ids: list[int]) -> str:
+    def _decode(self, end: int) -> str:
+        token_ids = self._token_ids[self._context_start : end]
         text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+
+class StopStringsState(NamedTuple):
+    """How far ``StopStrings`` had come; ``num_matched`` is each automaton's."""
+
+    held: str
+    matched: str | None
+    num_matched: tuple[int, ...]
 
 
 class StopStrings:
@@ -90,6 +118,16 @@ class StopStrings:
         """What was held back, when no piece follows."""
         held, self._held = self._held, ""
         return held
+
+    def snapshot(self) -> StopStringsState:
+        """What ``restore`` needs to take back every piece pushed from now on."""
+        return StopStringsState(self._held, self.matched, tuple(automaton.num_matched for automaton in self._automata))
+
+    def restore(self, state: StopStringsState) -> None:
+        """Go back to where an earlier ``snapshot`` was taken."""
+        self._held, self.matched, num_matched = state
+        for automaton, count in zip(self._automata, num_matched, strict=True):
+            automaton.num_matched = count
 
 
 class _Automaton:

@@ -1,32 +1,49 @@
 """The request loop: admission, one model step for every running request, outputs.
 
-``step`` reads as the architecture. Requests join and leave between steps; each owns a row of the KV
-cache, its features in the bank, and its private state in ``Sequence``.
+``step`` reads as the architecture. Requests join and leave between steps. The scheduler says which tokens of which
+requests the step feeds; the tables turn their plans into the kernel's arguments; what the kernel leaves there is
+judged by the guards and counted for the receipts before a token is drawn or released.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from dataclasses import replace
+from hashlib import sha256
 
 import torch
 
 from steerserve.config import EngineConfig
+from steerserve.engine.blocks import Block, BlockPool
 from steerserve.engine.detokenizer import Detokenizer
+from steerserve.engine.entries import most_entries
 from steerserve.engine.feature_bank import FeatureBank
+from steerserve.engine.flat_batch import FlatBatch
+from steerserve.engine.guards import Judgement
 from steerserve.engine.prompts import encode_prompt
-from steerserve.engine.runner import ModelRunner
-from steerserve.engine.sampler import DrawnToken, check_token_ids, next_tokens
+from steerserve.engine.readings import Readings
+from steerserve.engine.runner import SCORES_PER_TOKEN, ModelRunner
+from steerserve.engine.sampler import check_token_ids, next_tokens
+from steerserve.engine.scheduler import Chunk, Scheduler
 from steerserve.engine.sequence import Sequence
-from steerserve.engine.steering_log import SteeringLog
-from steerserve.errors import CapacityError, DetectorError, IncompatibleError, InvalidRequestError, SteerserveError
+from steerserve.engine.step_tables import StepTables
+from steerserve.errors import (
+    CapacityError,
+    IncompatibleError,
+    InvalidRequestError,
+    ServiceError,
+    SteerserveError,
+)
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.compiler import compile_plan
-from steerserve.types import FinishReason, GenerateRequest, PositionScores, StepOutput, TokenLogprobs
-
-GUARD_FAILED = "a policy could not read its activation: not finite, or pushed beyond its SAE's norm by the request"
+from steerserve.steering.plan import Plan
+from steerserve.types import FinishReason, GenerateRequest, GuardAction, Site, StepOutput
 
 
 class Engine:
@@ -35,7 +52,9 @@ class Engine:
     ``add_request``, ``abort`` and ``has_unfinished`` may be called from any thread; ``step`` from one.
     """
 
-    def __init__(self, model: LoadedModel, catalog: Catalog, config: EngineConfig) -> None:
+    def __init__(
+        self, model: LoadedModel, catalog: Catalog, config: EngineConfig, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         if config.max_model_len > model.max_context:
             expected = f"at most {model.max_context}, the context of {model.name}"
             raise IncompatibleError("engine.max_model_len", config.max_model_len, expected)
@@ -44,14 +63,29 @@ class Engine:
         self.model = model
         self.catalog = catalog
         self.config = config
-        self._runner = ModelRunner(model, config.max_num_seqs, config.max_model_len)
+        self._clock = clock
+        self._sites = _sites(model, catalog, config)
+        self._runner = ModelRunner(model, config, self._sites)
         self._bank = FeatureBank(config.bank_capacity, model.d_model)
-        self._running: list[Sequence] = []
-        self._decode_log: SteeringLog | None = None
+        splicer = self._runner.splicer
+        self._readings = Readings(StepTables(splicer.buffers, splicer.scores, self._bank), self._cache_blocks)
+        self._scheduler: Scheduler[Sequence] = Scheduler(
+            BlockPool(config.num_blocks, config.block_size),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_step_entries=config.max_step_entries,
+            max_model_len=config.max_model_len,
+            prefix_caching=config.enable_prefix_caching,
+        )
+        self._arrivals = itertools.count()
         self._lock = threading.Lock()  # guards the three below and the bank's bookkeeping
-        self._waiting: deque[Sequence] = deque()
-        self._unfinished: set[str] = set()
+        self._incoming: deque[Sequence] = deque()
+        self._unfinished: dict[str, int] = {}  # responses that are still to end
         self._aborted: set[str] = set()
+
+    def warm_up(self) -> float:
+        """Run the model once, and compile it if it is to be; seconds it took."""
+        return self._runner.warm_up()
 
     def add_request(self, request: GenerateRequest) -> None:
         """Check and queue a request; nothing is queued if this raises.
@@ -64,24 +98,25 @@ class Engine:
         prompt = encode_prompt(request, self.model, self.config.max_model_len)
         check_token_ids(request.sampling, self.model.vocab_size)
         plan = compile_plan(request.steering, request.policies, self.catalog)
-        detokenizer = Detokenizer(self.model.tokenizer, prompt)
+        self._check_plan(plan)
         with self._lock:
             if request.request_id in self._unfinished:
                 raise InvalidRequestError("request_id", request.request_id, "an id that no unfinished request has")
-            if len(self._waiting) >= self.config.max_waiting:
+            if self.num_waiting >= self.config.max_waiting:
                 raise CapacityError(f"the queue is full: {self.config.max_waiting} requests are waiting")
-            slots = self._bank.acquire(plan)
-            self._waiting.append(Sequence.create(request, prompt, plan, slots, detokenizer))
-            self._unfinished.add(request.request_id)
+            first, *siblings = self._sequences(request, prompt, plan)
+            first.siblings = siblings
+            self._incoming.append(first)
+            self._unfinished[request.request_id] = request.sampling.n
 
     def abort(self, request_id: str) -> None:
-        """End a request at the next step, which returns its last output; unknown ids are ignored."""
+        """End a request at the next step, which returns its last outputs; unknown ids are ignored."""
         with self._lock:
             if request_id in self._unfinished:
                 self._aborted.add(request_id)
 
     def close(self) -> None:
-        """Take the hooks off the model; the engine is not to be used afterwards."""
+        """Give the model back as it was; the engine is not to be used afterwards."""
         self._runner.close()
 
     def has_unfinished(self) -> bool:
@@ -91,191 +126,257 @@ class Engine:
 
     @property
     def num_running(self) -> int:
-        """Requests that hold a row of the KV cache."""
-        return len(self._running)
+        """Responses that hold memory of the KV cache."""
+        return len(self._scheduler.running)
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue."""
-        return len(self._waiting)
+        """Responses in the queue."""
+        return len(self._incoming) + len(self._scheduler.waiting)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that were allocated for weights, KV cache and plans."""
+        weights = {parameter.data_ptr(): parameter.nbytes for parameter in self.model.model.parameters()}
+        return {
+            "weights": sum(weights.values()),
+            "kv_cache": self._runner.kv_store.num_bytes,
+            "plans": self._runner.splicer.num_bytes + self._bank.num_bytes,
+        }
 
     def step(self) -> list[StepOutput]:
-        """One model step; at most one output for each request, the last of which ends it.
-
-        Running requests advance before new ones join, so that a row freed here is used at once.
-        """
-        outputs = self._drop_aborted()
-        outputs += self._decode()
-        outputs += self._admit()
+        """One model step; at most one output for each response, the last of which ends it."""
+        outputs = self._end_early()
+        schedule = self._scheduler.schedule()
+        for sequence in schedule.preempted:
+            sequence.num_blocks_placed = sequence.num_blocks_cached = 0
+        for sequence, cached in schedule.admitted:
+            outputs += self._replay(sequence, cached)
+        chunks = [chunk for chunk in schedule.chunks if chunk.sequence.row is not None]
+        if chunks:
+            outputs += self._run(chunks)
         return outputs
 
-    def _drop_aborted(self) -> list[StepOutput]:
-        with self._lock:
-            aborted, self._aborted = self._aborted, set()
-            queued = [sequence for sequence in self._waiting if sequence.request_id in aborted]
-            for sequence in queued:
-                self._waiting.remove(sequence)
-        running = [sequence for sequence in self._running if sequence.request_id in aborted]
-        self._leave(running)
-        return [self._end(sequence, reason=FinishReason.ABORT) for sequence in queued + running]
+    # Admission.
 
-    def _decode(self) -> list[StepOutput]:
-        running = list(self._running)
-        if not running:
-            return []
-        tokens = [sequence.last_token_id for sequence in running]
-        positions = [sequence.next_position for sequence in running]
+    def _sequences(self, request: GenerateRequest, prompt: Items[int], plan: Plan) -> list[Sequence]:
+        """The responses of a request, each with its own hold on the plan's features."""
+        slots = [self._bank.acquire(plan)]
         try:
-            log = self._open_decode_log()
-            logits = self._runner.decode(tokens, positions, log.next_run())
+            slots += [self._bank.acquire(plan) for _ in range(1, request.sampling.n)]
+            root_key = sha256(f"{self.model.fingerprint} {request.cache_salt}".encode()).digest()
+            deadline = None if request.timeout_s is None else self._clock() + request.timeout_s
+            return [
+                Sequence(
+                    request,
+                    index,
+                    prompt,
+                    plan,
+                    held,
+                    Detokenizer(self.model.tokenizer, prompt),
+                    root_key=root_key,
+                    block_size=self.config.block_size,
+                    arrival=next(self._arrivals),
+                    deadline=deadline,
+                )
+                for index, held in enumerate(slots)
+            ]
+        except SteerserveError:
+            for _ in slots:
+                self._bank.release(plan)
+            raise
+
+    def _check_plan(self, plan: Plan) -> None:
+        """Refuse what the buffers of a step have no place for."""
+        if len(plan.scores) > SCORES_PER_TOKEN:
+            expected = f"at most {SCORES_PER_TOKEN} gates and guards"
+            raise InvalidRequestError("steering", f"{len(plan.scores)} gates and guards", expected)
+        for part in (part for level in plan.levels for part in level):
+            if part.site not in self._sites:
+                expected = f"one of engine.sites: {', '.join(map(str, self._sites)) or 'none'}"
+                raise IncompatibleError("steering", str(part.site), expected)
+        self._scheduler.check_entries(most_entries(plan))
+
+    def _end_early(self) -> list[StepOutput]:
+        """Take in what was added; end what was aborted or is out of time."""
+        with self._lock:
+            incoming, self._incoming = self._incoming, deque()
+            aborted, self._aborted = self._aborted, set()
+        for sequence in incoming:
+            self._scheduler.add(sequence)
+        outputs: list[StepOutput] = []
+        now = self._clock()
+        for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
+            if sequence.request_id in aborted:
+                outputs += self._end(sequence, reason=FinishReason.ABORT)
+            elif sequence.deadline is not None and now > sequence.deadline:
+                timeout_s = sequence.request.timeout_s
+                error = ServiceError("DEADLINE_EXCEEDED", f"not done within the {timeout_s:g} s it was given")
+                outputs += self._end(sequence, error=error)
+        return outputs
+
+    def _replay(self, sequence: Sequence, cached: Items[Block]) -> list[StepOutput]:
+        """Account for the positions that an admitted request takes from the prefix cache."""
+        sequence.num_blocks_cached = len(cached)
+        if sequence.num_read == 0:
+            sequence.num_cached_tokens = len(cached) * self.config.block_size
+        judgement = self._readings.replay(sequence, cached, self.config.block_size)
+        return [] if judgement is None else self._end_judged(sequence, judgement)
+
+    # One pass.
+
+    def _run(self, chunks: Items[Chunk[Sequence]]) -> list[StepOutput]:
+        for chunk in chunks:
+            self._place_blocks(chunk.sequence)
+        batch = FlatBatch.of(chunks)
+        self._readings.prepare(batch.pieces)
+        try:
+            # Where no prompt is finished nothing is drawn, yet the model wants a place for its logits.
+            logits_at = batch.logits_at or [0]
+            logits = self._runner.forward(batch.token_ids, batch.positions, batch.rows, logits_at)
         except Exception as error:
             # The pass is shared, so is its failure; the requests that wait must not suffer from it.
-            self._leave(running)
-            return [self._end(sequence, error=error) for sequence in running]
-        return self._advance(running, logits, log, num_positions=1)
+            return [output for chunk in chunks for output in self._end(chunk.sequence, error=error)]
+        for chunk in chunks:
+            self._scheduler.advance(chunk)
+        judged = self._readings.read(batch.pieces)
+        self._draw(batch.drawing, logits, judged)
+        return [output for chunk in chunks for output in self._conclude(chunk.sequence, judged)]
 
-    def _admit(self) -> list[StepOutput]:
-        outputs: list[StepOutput] = []
-        for _ in range(self.config.max_prefills_per_step):
-            with self._lock:
-                if not self._waiting or len(self._running) == self.config.max_num_seqs:
-                    break
-                sequence = self._waiting.popleft()
-            outputs += self._prefill(sequence)
-        return outputs
+    def _place_blocks(self, sequence: Sequence) -> None:
+        placed = sequence.num_blocks_placed
+        if len(sequence.blocks) > placed:
+            assert sequence.row is not None
+            self._runner.set_blocks(sequence.row, placed, [block.id for block in sequence.blocks[placed:]])
+            sequence.num_blocks_placed = len(sequence.blocks)
 
-    def _prefill(self, sequence: Sequence) -> list[StepOutput]:
-        self._join(sequence)
-        prompt = sequence.token_ids[: sequence.num_prompt_tokens]
-        try:
-            log = SteeringLog.for_prefill(sequence.prompt_entries, sequence.tally, self._bank, len(prompt))
-            logits = self._runner.prefill(prompt, len(self._running) - 1, log.next_run())
-        except Exception as error:
-            self._leave([sequence])
-            return [self._end(sequence, error=error)]
-        outputs = self._advance([sequence], logits, log, num_positions=len(prompt))
-        log.flush()
-        return outputs
+    def _draw(self, drawing: Items[Sequence], logits: torch.Tensor, judged: dict[Sequence, Judgement]) -> None:
+        """Give every sequence in ``drawing`` that may go on the token its logits ``[n, vocab]`` call for."""
+        finite = logits.amax(dim=-1).isfinite().tolist()
+        for sequence, is_finite in zip(drawing, finite, strict=False):
+            if not is_finite:
+                judged.setdefault(sequence, Judgement(_not_finite(sequence), position=sequence.num_computed))
+        sound = [row for row, sequence in enumerate(drawing) if sequence not in judged]
+        if not sound:
+            return
+        chosen = logits if len(sound) == len(logits) else logits[sound]
+        drawn = next_tokens(chosen, [drawing[row].sampler for row in sound])
+        for row, token in zip(sound, drawn, strict=True):
+            drawing[row].append(token, self.model.eos_token_ids)
+            self._launch_siblings(drawing[row])
 
-    def _advance(
-        self, sequences: Items[Sequence], logits: torch.Tensor, log: SteeringLog, num_positions: int
-    ) -> list[StepOutput]:
-        """Give every sequence the token its logits ``[n, vocab]`` call for; end those that are done or broken.
+    def _conclude(self, sequence: Sequence, judged: dict[Sequence, Judgement]) -> list[StepOutput]:
+        """What a sequence's client gets to see of the step."""
+        if sequence in judged:
+            return self._end_judged(sequence, judged[sequence])
+        if sequence.is_complete:
+            return self._end(sequence, reason=sequence.finish_reason)
+        return self._released(sequence)
 
-        Args:
-            num_positions: the last tokens of every sequence, which the pass has just fed.
-        """
-        failed = _failures(sequences, logits, log.rows_with_failed_guard())
-        scores = [
-            log.last_scores(row, sequence.plan, len(sequence.token_ids) - num_positions, num_positions)
-            if sequence.request.return_activations
-            else ()
-            for row, sequence in enumerate(sequences)
-        ]
-        sound = [row for row in range(len(sequences)) if row not in failed]
-        drawn = next_tokens(logits[sound] if failed else logits, [sequences[row].sampler for row in sound])
-        tokens = dict(zip(sound, drawn, strict=True))
-        texts = {row: sequences[row].append(tokens[row].token_id, self.model.eos_token_ids) for row in sound}
-        done = [
-            sequence for row, sequence in enumerate(sequences) if row in failed or sequence.finish_reason is not None
-        ]
-        if done:
-            log.flush()
-            self._leave(done)
+    def _launch_siblings(self, sequence: Sequence) -> list[Sequence]:
+        """Queue the request's other responses: the prompt is computed, they find it in the prefix cache."""
+        siblings, sequence.siblings = sequence.siblings, []
+        for sibling in siblings:
+            self._scheduler.add(sibling)
+        return siblings
+
+    def _end_judged(self, sequence: Sequence, judgement: Judgement) -> list[StepOutput]:
+        self._launch_siblings(sequence)  # what was read in the prompt is read by each response for itself
+        if judgement.action is GuardAction.REWIND:
+            self._rewind(sequence, judgement)
+            return []
+        scores = sequence.take_scores(judgement.position)
+        reason = FinishReason.BLOCKED if judgement.error is None else None
+        return [replace(last, scores=scores) for last in self._end(sequence, reason, judgement.error)]
+
+    def _rewind(self, sequence: Sequence, judgement: Judgement) -> None:
+        self._readings.close_log()
+        # What was released is never taken back: soon after a rewind, fewer tokens are held than one takes.
+        first_held = sequence.num_tokens - len(sequence.held)
+        kept = max(first_held, judgement.position + 1 - judgement.rewind_tokens)
+        sequence.rewind(kept)
+        self._scheduler.truncate(sequence, kept - 1)
+        sequence.num_blocks_placed = min(sequence.num_blocks_placed, len(sequence.blocks))
+        sequence.num_blocks_cached = min(sequence.num_blocks_cached, sequence.num_computed // self.config.block_size)
+
+    def _released(self, sequence: Sequence) -> list[StepOutput]:
+        tokens, scores = sequence.release(), sequence.take_scores(sequence.num_computed)
+        if not tokens and not scores:
+            return []
         return [
-            self._end(sequence, error=failed[row], scores=scores[row])
-            if row in failed
-            else self._emit(sequence, tokens[row], texts[row], scores[row])
-            for row, sequence in enumerate(sequences)
-        ]
-
-    def _emit(self, sequence: Sequence, token: DrawnToken, text: str, scores: tuple[PositionScores, ...]) -> StepOutput:
-        if sequence.finish_reason is None:
-            return StepOutput(
+            StepOutput(
                 request_id=sequence.request_id,
-                token_ids=(token.token_id,),
-                text=text,
+                index=sequence.index,
+                token_ids=tuple(token.token_id for token in tokens),
+                text="".join(token.text for token in tokens),
                 scores=scores,
-                logprobs=token.logprobs,
+                logprobs=tuple(entry for token in tokens for entry in token.logprobs),
                 num_prompt_tokens=sequence.num_prompt_tokens,
             )
-        return self._end(
-            sequence,
-            reason=sequence.finish_reason,
-            token_ids=(token.token_id,),
-            text=text,
-            scores=scores,
-            logprobs=token.logprobs,
-        )
+        ]
 
     def _end(
-        self,
-        sequence: Sequence,
-        reason: FinishReason | None = None,
-        error: Exception | None = None,
-        token_ids: tuple[int, ...] = (),
-        text: str = "",
-        scores: tuple[PositionScores, ...] = (),
-        logprobs: tuple[TokenLogprobs, ...] = (),
-    ) -> StepOutput:
-        """Forget a sequence that holds no row any more; its last output."""
+        self, sequence: Sequence, reason: FinishReason | None = None, error: Exception | None = None
+    ) -> list[StepOutput]:
+        """Free what a response holds; its last output, and those of siblings that have not begun."""
+        siblings = self._launch_siblings(sequence)
+        if self._readings.logs(sequence):
+            self._readings.close_log()
+        self._cache_blocks(sequence)
+        is_complete = error is None and reason is sequence.finish_reason
+        released = self._released(sequence) if is_complete else []
+        self._scheduler.remove(sequence)
         with self._lock:
             self._bank.release(sequence.plan)
-            self._unfinished.discard(sequence.request_id)
-            self._aborted.discard(sequence.request_id)
-        return StepOutput(
-            request_id=sequence.request_id,
-            token_ids=token_ids,
-            text=text + sequence.rest_of_text(),
-            scores=scores,
-            logprobs=logprobs,
-            finish_reason=reason,
-            stop_reason=sequence.stop_reason,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            receipt=sequence.tally.receipt(self.model.fingerprint),
-            error=error,
-        )
+            self._unfinished[sequence.request_id] -= 1
+            if not self._unfinished[sequence.request_id]:
+                del self._unfinished[sequence.request_id]
+                self._aborted.discard(sequence.request_id)
+        last = released[0] if released else StepOutput(sequence.request_id, (), "", index=sequence.index)
+        return [
+            replace(
+                last,
+                text=last.text + ("" if is_complete else sequence.last_text()),
+                finish_reason=reason,
+                stop_reason=sequence.stop_reason if is_complete else None,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                receipt=sequence.receipt(self.model.fingerprint),
+                guard_events=tuple(sequence.guard_events),
+                error=error,
+            ),
+            *(output for sibling in siblings for output in self._end(sibling, reason, error)),
+        ]
 
-    def _join(self, sequence: Sequence) -> None:
-        """Take the next row."""
-        self._close_decode_log()
-        self._running.append(sequence)
-
-    def _leave(self, sequences: Items[Sequence]) -> None:
-        """Free rows and bring the tallies of all running sequences up to date."""
-        if sequences:
-            self._close_decode_log()
-        for sequence in sequences:
-            row, last = self._running.index(sequence), len(self._running) - 1
-            self._runner.kv_cache.free_row(row, last)
-            self._running[row] = self._running[last]
-            self._running.pop()
-
-    def _open_decode_log(self) -> SteeringLog:
-        """The log of the rows as they are; built anew after they changed."""
-        if self._decode_log is None:
-            entries = [sequence.generated_entries for sequence in self._running]
-            tallies = [sequence.tally for sequence in self._running]
-            self._decode_log = SteeringLog.for_decode(entries, tallies, self._bank)
-        return self._decode_log
-
-    def _close_decode_log(self) -> None:
-        """The rows are about to change: the log built for them is read a last time."""
-        if self._decode_log is not None:
-            self._decode_log.flush()
-            self._decode_log = None
+    def _cache_blocks(self, sequence: Sequence) -> None:
+        """Let others find the blocks that have become full."""
+        if not self.config.enable_prefix_caching:
+            return
+        num_full = sequence.num_computed // self.config.block_size
+        for index in range(sequence.num_blocks_cached, num_full):
+            record = sequence.block_record(index)
+            if record is not None:
+                self._scheduler.register(sequence, index, record)
+        sequence.num_blocks_cached = max(sequence.num_blocks_cached, num_full)
 
 
-def _failures(sequences: Items[Sequence], logits: torch.Tensor, guard_failed: set[int]) -> dict[int, Exception]:
-    """Why a row must not go on, by row."""
-    finite = logits.amax(dim=-1).isfinite().tolist()
-    failed: dict[int, Exception] = {}
-    for row, sequence in enumerate(sequences):
-        if row in guard_failed:
-            failed[row] = DetectorError(f"{GUARD_FAILED}: {', '.join(sequence.plan.policies)}")
-        elif not finite[row] and sequence.request.steering.interventions:
-            expected = "edits that leave the model's output finite"
-            failed[row] = InvalidRequestError("steering.interventions", "non-finite logits", expected)
-        elif not finite[row]:
-            failed[row] = SteerserveError("the model's logits are not finite")
-    return failed
+def _sites(model: LoadedModel, catalog: Catalog, config: EngineConfig) -> list[Site]:
+    """The sites that can be steered, in model order.
+
+    Raises:
+        IncompatibleError: the configuration names one that the model does not have.
+    """
+    if config.sites is not None:
+        sites = {Site.parse(name, f"engine.sites[{index}]") for index, name in enumerate(config.sites)}
+        for site in sites:
+            catalog.check_site(site, "engine.sites")
+        return sorted(sites)
+    if config.compile:
+        return catalog.sites
+    return model.adapter.sites(model.model)
+
+
+def _not_finite(sequence: Sequence) -> Exception:
+    if sequence.request.steering.interventions:
+        expected = "edits that leave the model's output finite"
+        return InvalidRequestError("steering.interventions", "non-finite logits", expected)
+    return SteerserveError("the model's logits are not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from steerserve.errors import CapacityError, InvalidRequestError
 from steerserve.kernels.steer_delta import Normalization
 from steerserve.models.splice import SiteBank
-from steerserve.steering.plan import FeatureKey, FeatureRows, IntArray, Plan
+from steerserve.steering.plan import FeatureKey, FeatureRows, IntArray, Plan, SitePlan
 from steerserve.types import Site
 
 
@@ -36,29 +37,42 @@ class FeatureBank:
         self._d_model = d_model
         self._sites: dict[Site, _SiteRows] = {}
 
-    def acquire(self, plan: Plan) -> list[IntArray]:
-        """Hold every feature of a plan: for each ``SitePlan``, the slots ``[k]`` of its rows.
+    def acquire(self, plan: Plan) -> list[list[IntArray]]:
+        """Hold every feature of a plan: for each level and each ``SitePlan`` of it, the slots ``[k]`` of its rows.
 
         Raises:
             InvalidRequestError: the plan alone has more features at a site than there are slots.
             CapacityError: the slots are held by other requests. Nothing is held after either.
         """
         held: list[IntArray] = []
+        parts = _parts(plan)
         try:
-            for part in plan.sites:
-                held.append(self._hold(part.site, part.rows, _distinct_features(plan, part.site)))
+            for part in parts:
+                held.append(self._hold(part.site, part.rows, _distinct_features(parts, part.site)))
         except (InvalidRequestError, CapacityError):
-            self._drop(plan, len(held))
+            self._drop(parts[: len(held)])
             raise
-        return held
+        slots = iter(held)
+        return [[next(slots) for _ in level] for level in plan.levels]
 
     def release(self, plan: Plan) -> None:
         """Undo one ``acquire``."""
-        self._drop(plan, len(plan.sites))
+        self._drop(_parts(plan))
 
     def arrays(self, site: Site) -> SiteBank:
-        """The buffers of a site that some plan holds or held."""
-        return self._sites[site].arrays
+        """The buffers of a site; allocated when they are first asked for."""
+        return self._at(site).arrays
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the buffers."""
+        arrays = (getattr(rows.arrays, name) for rows in self._sites.values() for name in vars(rows.arrays))
+        return sum(array.nbytes for array in arrays)
+
+    def _at(self, site: Site) -> _SiteRows:
+        if site not in self._sites:
+            self._sites[site] = self._allocate()
+        return self._sites[site]
 
     @property
     def num_held(self) -> int:
@@ -69,9 +83,7 @@ class FeatureBank:
         if distinct > self._capacity:
             expected = f"at most {self._capacity} distinct features at one site"
             raise InvalidRequestError("steering.interventions", f"{distinct} features at {site}", expected)
-        rows = self._sites.get(site)
-        if rows is None:
-            rows = self._sites[site] = self._allocate()
+        rows = self._at(site)
         new = [index for index, key in enumerate(features.keys) if key not in rows.slot]
         if len(new) > len(rows.free):
             raise CapacityError(f"no room for {len(new)} more features at {site}: all slots are in use")
@@ -83,8 +95,8 @@ class FeatureBank:
             rows.holders[key] = rows.holders.get(key, 0) + 1
         return np.array([rows.slot[key] for key in features.keys], dtype=np.int32)
 
-    def _drop(self, plan: Plan, num_parts: int) -> None:
-        for part in plan.sites[:num_parts]:
+    def _drop(self, parts: Sequence[SitePlan]) -> None:
+        for part in parts:
             rows = self._sites[part.site]
             for key in part.rows.keys:
                 rows.holders[key] -= 1
@@ -108,8 +120,12 @@ class FeatureBank:
         return _SiteRows(arrays, free=list(range(size - 1, -1, -1)))
 
 
-def _distinct_features(plan: Plan, site: Site) -> int:
-    return len({key for part in plan.sites if part.site == site for key in part.rows.keys})
+def _parts(plan: Plan) -> list[SitePlan]:
+    return [part for level in plan.levels for part in level]
+
+
+def _distinct_features(parts: Sequence[SitePlan], site: Site) -> int:
+    return len({key for part in parts if part.site == site for key in part.rows.keys})
 
 
 def _write(arrays: SiteBank, slots: list[int], features: FeatureRows, index: list[int]) -> None:

@@ -15,9 +15,10 @@ SMALLEST_NORM = np.finfo(np.float32).tiny
 
 
 def scores(segments: Segments, activation: FloatArray) -> FloatArray:
-    """``[n, s]`` weight · f for activations ``[n, nnz]``."""
-    read = activation[:, segments.entries]
-    scored: FloatArray = np.einsum("nws,sw->ns", read, segments.weight)
+    """``[n, s]`` weight · f for activations ``[n, nnz]``, summed in one order whatever n and s are."""
+    with np.errstate(invalid="ignore"):  # ∞ − ∞ is a reading like any other
+        terms = activation[:, segments.entries] * segments.weight.T
+        scored: FloatArray = np.add.accumulate(terms, axis=1)[:, -1]
     return scored
 
 
@@ -37,6 +38,9 @@ class Tally:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._waits_for_rewind = np.ones(len(plan.interventions), dtype=bool)
+        for part in plan.sites:
+            self._waits_for_rewind[part.intervention] = False
         self._sums = np.zeros((4, len(plan.interventions)))
         self._max_score = np.full(len(plan.interventions), np.nan, dtype=np.float32)
 
@@ -51,13 +55,16 @@ class Tally:
         self._sums[:, intervention] += sums
         self._max_score[intervention] = np.fmax(self._max_score[intervention], max_score)
 
-    def receipt(self, model_fingerprint: str) -> Receipt:
+    def receipt(
+        self, model_fingerprint: str, num_rewinds: int = 0, num_rewound_tokens: int = 0, num_cached_tokens: int = 0
+    ) -> Receipt:
         """The proof so far."""
         plan = self._plan
         in_scope, covered, edited, relative_edit = self._sums
         counts = (count.astype(np.int64).tolist() for count in (in_scope, covered, edited))
         mean_edit = relative_edit / np.maximum(edited, 1)
         max_activation = np.where(covered > 0, self._max_score, 0.0)
+        idle = (in_scope == 0) & self._waits_for_rewind & (num_rewinds == 0)
         lines = zip(plan.interventions, *counts, mean_edit.tolist(), max_activation.tolist(), strict=True)
         return Receipt(
             plan_hash=plan.hash,
@@ -68,7 +75,10 @@ class Tally:
                 InterventionReceipt(planned.source, planned.label, planned.site, *numbers)
                 for planned, *numbers in lines
             ),
-            steered=bool(plan.interventions) and bool(((in_scope > 0) & (covered == in_scope)).all()),
+            steered=bool(plan.interventions) and bool((idle | ((in_scope > 0) & (covered == in_scope))).all()),
+            num_rewinds=num_rewinds,
+            num_rewound_tokens=num_rewound_tokens,
+            num_cached_tokens=num_cached_tokens,
         )
 
 

@@ -37,12 +37,14 @@ class LogitEdits:
         self._bias = np.array(list(params.logit_bias.values()), dtype=np.float32)
         # The tokens to penalise, each once, in the order they appeared; the arrays have room to grow.
         self._place: dict[int, int] = {}
+        self._num_in_prompt = 0
         self._ids = np.zeros(0, dtype=np.int64)
         self._counts = np.zeros(0, dtype=np.float32)  # in the response
         if params.repetition_penalty != 1:
             self._place = {token_id: place for place, token_id in enumerate(dict.fromkeys(prompt))}
             self._ids = np.array(list(self._place), dtype=np.int64)
             self._counts = np.zeros(len(self._ids), dtype=np.float32)
+            self._num_in_prompt = len(self._ids)
 
     def count(self, token_id: int) -> None:
         """The response goes on with ``token_id``."""
@@ -55,6 +57,15 @@ class LogitEdits:
             self._counts = np.concatenate([self._counts, np.zeros(room, dtype=np.float32)])
         self._ids[place] = token_id
         self._counts[place] += 1
+
+    def uncount(self, token_id: int) -> None:
+        """The response goes on from before ``token_id``, the last that was counted and not yet uncounted."""
+        if not penalises(self._params):
+            return
+        place = self._place[token_id]
+        self._counts[place] -= 1
+        if self._counts[place] == 0 and place >= self._num_in_prompt:
+            del self._place[token_id]  # it appeared last, so no other token's place moves
 
     def apply(self, logits: FloatArray) -> None:
         """Edit one row, ``[vocab]``, in place; what is finite stays finite."""
@@ -72,12 +83,17 @@ class LogitEdits:
 
 
 class RowSampler:
-    """How one request draws: its parameters, its random numbers and the tokens that count against it."""
+    """How one response is drawn: its parameters, its random numbers and the tokens that count against it.
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+    Args:
+        index: which of the request's ``n`` responses.
+    """
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], index: int = 0) -> None:
         self.params = params
         self.edits = LogitEdits(params, prompt) if params.logit_bias or penalises(params) else None
-        self._rng = np.random.Generator(np.random.PCG64(params.seed))
+        self._bits = np.random.PCG64(None if params.seed is None else params.seed + index)
+        self._rng = np.random.Generator(self._bits)
 
     def draw_uniform(self) -> float:
         """The number that picks the next token; greedy requests draw none."""
@@ -87,6 +103,14 @@ class RowSampler:
         """The response goes on with ``token_id``."""
         if self.edits is not None:
             self.edits.count(token_id)
+
+    def rewind(self, token_ids: Sequence[int]) -> None:
+        """The last tokens of the response, each drawn and counted, are taken back: what follows draws as they did."""
+        if self.params.temperature > 0:
+            self._bits.advance(-len(token_ids))  # a draw takes one step
+        if self.edits is not None:
+            for token_id in reversed(token_ids):
+                self.edits.uncount(token_id)
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:

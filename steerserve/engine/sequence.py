@@ -1,59 +1,109 @@
-"""One request while the engine holds it."""
+"""One response while the engine holds it: its tokens, where they stand in the cache, and what is not yet released."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
+from steerserve.engine.blocks import Block, PrefixKeys
 from steerserve.engine.detokenizer import Detokenizer, StopStrings
+from steerserve.engine.entries import Entries, entries_in_force, most_entries
 from steerserve.engine.receipt import Tally
-from steerserve.engine.sampler import RowSampler
-from steerserve.engine.steering_log import SiteEntries, entries_in_phase
+from steerserve.engine.records import Record, joined
+from steerserve.engine.sampler import DrawnToken, RowSampler
 from steerserve.steering.plan import IntArray, Plan
-from steerserve.types import FinishReason, GenerateRequest, Phase, StopReason
+from steerserve.types import (
+    FinishReason,
+    FloatArray,
+    GenerateRequest,
+    GuardEvent,
+    Phase,
+    PositionScores,
+    Receipt,
+    StopReason,
+    TokenLogprobs,
+)
+
+Piece = tuple[Entries, int, int]
+"""What tokens ask for, the position of the first, and how many follow each other."""
+
+BlockRecord = tuple[Record, ...]
+"""The records of a block's positions, one for each piece of it that asks for something."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class HeldToken:
+    """A token that the client has not got, the text that became certain with it, and how to take it back."""
+
+    token_id: int
+    text: str
+    logprobs: tuple[TokenLogprobs, ...]
+    text_state: tuple[Any, Any] | None
+
+
 class Sequence:
-    """A request's tokens, plan and private state.
+    """A response's tokens, plan and private state.
 
     Attributes:
-        token_ids: prompt, then response. All but the last response token have been fed to the model
-            once the sequence runs.
-        prompt_entries, generated_entries: its steering in the kernel's terms, by phase.
+        token_ids: prompt, then response.
+        num_computed: positions whose keys and values stand in the cache.
+        num_read: positions whose scores and counts have been taken; what is computed again is not read again.
+        blocks, row: the cache blocks of its positions and its line in the block table, while it runs.
+        num_blocks_placed: of its blocks, those whose ids stand in the block table.
+        num_blocks_cached: of its blocks, those that were offered to the prefix cache or taken from it.
+        entries_per_token: most steering entries that one of its tokens ever needs at one site.
+        held: tokens that are not released, the last ones of ``token_ids``.
         finish_reason, stop_reason: why the response ends with its last token, once it does.
+        siblings: the request's other responses, until its prompt is computed.
     """
 
-    request: GenerateRequest
-    token_ids: list[int]
-    num_prompt_tokens: int
-    plan: Plan
-    prompt_entries: SiteEntries
-    generated_entries: SiteEntries
-    tally: Tally
-    detokenizer: Detokenizer
-    stop_strings: StopStrings
-    sampler: RowSampler
-    finish_reason: FinishReason | None = None
-    stop_reason: StopReason | None = None
-
-    @classmethod
-    def create(
-        cls, request: GenerateRequest, prompt: Items[int], plan: Plan, slots: Items[IntArray], detokenizer: Detokenizer
-    ) -> Sequence:
-        """A sequence that waits for its prefill; ``slots`` as ``FeatureBank.acquire`` returned them."""
-        return cls(
-            request=request,
-            token_ids=list(prompt),
-            num_prompt_tokens=len(prompt),
-            plan=plan,
-            prompt_entries=entries_in_phase(plan, slots, Phase.PROMPT),
-            generated_entries=entries_in_phase(plan, slots, Phase.GENERATED),
-            tally=Tally(plan),
-            detokenizer=detokenizer,
-            stop_strings=StopStrings(request.sampling.stop, request.sampling.include_stop_str_in_output),
-            sampler=RowSampler(request.sampling, prompt),
-        )
+    def __init__(
+        self,
+        request: GenerateRequest,
+        index: int,
+        prompt: Items[int],
+        plan: Plan,
+        slots: Items[Items[IntArray]],
+        detokenizer: Detokenizer,
+        root_key: bytes,
+        block_size: int,
+        arrival: int,
+        deadline: float | None,
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.arrival = arrival
+        self.deadline = deadline
+        self.plan = plan
+        self.token_ids = list(prompt)
+        self.num_prompt_tokens = len(prompt)
+        self.num_computed = self.num_read = self.num_cached_tokens = 0
+        self.blocks: list[Block] = []
+        self.row: int | None = None
+        self.num_blocks_placed = self.num_blocks_cached = 0
+        self.entries_per_token = most_entries(plan)
+        self.tally = Tally(plan)
+        self.detokenizer = detokenizer
+        self.stop_strings = StopStrings(request.sampling.stop, request.sampling.include_stop_str_in_output)
+        self.sampler = RowSampler(request.sampling, prompt, index)
+        self.held: deque[HeldToken] = deque()
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: StopReason | None = None
+        self.siblings: list[Sequence] = []
+        self.guard_events: list[GuardEvent] = []
+        self.num_rewinds = self.num_rewound_tokens = 0
+        self._slots = slots
+        self._spans: list[tuple[int, Entries]] = []
+        self._digests: list[tuple[int, bytes]] = []
+        self._add_spans(0)
+        self._block_size = block_size
+        self._keys = PrefixKeys(root_key, self.token_ids, self._digests, block_size)
+        self._history: list[tuple[int, Entries, Record]] = []
+        self._scores: deque[PositionScores] = deque()
+        self._num_scores_taken = 0
 
     @property
     def request_id(self) -> str:
@@ -61,36 +111,175 @@ class Sequence:
         return self.request.request_id
 
     @property
-    def last_token_id(self) -> int:
-        """The token that the next decode step feeds."""
-        return self.token_ids[-1]
+    def priority(self) -> int:
+        """Lower is served first."""
+        return self.request.priority
 
     @property
-    def next_position(self) -> int:
-        """Where the next decode step feeds it."""
-        return len(self.token_ids) - 1
+    def num_tokens(self) -> int:
+        """Length of prompt and response so far."""
+        return len(self.token_ids)
 
     @property
     def num_generated_tokens(self) -> int:
-        """Length of the response so far."""
+        """Length of the response so far, tokens included that may be taken back."""
         return len(self.token_ids) - self.num_prompt_tokens
 
-    def append(self, token_id: int, eos_token_ids: frozenset[int]) -> str:
-        """Take the token that was drawn; the text that is now certain. Sees whether the response ends with it."""
+    @property
+    def max_cached(self) -> int:
+        """The last token is always computed: the next one is drawn from its logits."""
+        return self.num_tokens - 1
+
+    @property
+    def reads_last_token(self) -> bool:
+        """The last token is fed to the model too, for the sake of what is read there."""
+        return bool(self.plan.guards) or self.reports_scores
+
+    @property
+    def reports_scores(self) -> bool:
+        """The client wants every intervention's score at every position."""
+        return self.request.return_activations and self.num_interventions > 0
+
+    @property
+    def num_interventions(self) -> int:
+        """Interventions of its plan."""
+        return len(self.plan.interventions)
+
+    @property
+    def is_complete(self) -> bool:
+        """No more tokens follow, and none waits to be read."""
+        waits = self.reads_last_token and self.num_computed < self.num_tokens
+        return self.finish_reason is not None and not waits
+
+    # Where its positions stand, and what is in force there.
+
+    def block_keys(self, num_blocks: int) -> list[bytes]:
+        """Keys of its first ``num_blocks`` blocks, all of them full."""
+        return self._keys.first(num_blocks)
+
+    def pieces(self, start: int, count: int) -> Iterator[Piece]:
+        """Positions ``start`` to ``start + count``, cut where what is in force changes."""
+        end = start + count
+        for index, (begin, entries) in enumerate(self._spans):
+            limit = self._spans[index + 1][0] if index + 1 < len(self._spans) else end
+            first, last = max(start, begin), min(end, limit)
+            if first < last:
+                yield entries, first, last - first
+
+    def keep(self, start: int, entries: Entries, record: Record) -> None:
+        """Remember what the kernel left at positions from ``start``, for the blocks they will fill."""
+        if entries.at:
+            self._history.append((start, entries, record))
+
+    def block_record(self, index: int) -> BlockRecord | None:
+        """What the kernel left at the positions of a full block; None if some of it is not known any more."""
+        end = (index + 1) * self._block_size
+        records = []
+        for entries, start, count in self.pieces(end - self._block_size, self._block_size):
+            if not entries.at:
+                continue
+            parts = [
+                record.part(max(start - first, 0), start + count - first)
+                for first, of, record in self._history
+                if of is entries and first < start + count and first + len(record.score) > start
+            ]
+            if sum(len(part.score) for part in parts) != count:
+                return None
+            records.append(joined(parts))
+        self._history = [item for item in self._history if item[0] + len(item[2].score) > end]
+        return tuple(records)
+
+    # Its tokens.
+
+    def append(self, drawn: DrawnToken, eos_token_ids: frozenset[int]) -> None:
+        """Take the token that was drawn; see whether the response ends with it."""
+        state = (self.detokenizer.snapshot(), self.stop_strings.snapshot()) if len(self.plan.levels) > 1 else None
+        token_id = drawn.token_id
         self.token_ids.append(token_id)
         self.sampler.count(token_id)
         self._end_at_token(token_id, eos_token_ids)
         hidden = self.finish_reason is FinishReason.STOP and not self.request.sampling.include_stop_str_in_output
         text = "" if hidden else self.stop_strings.push(self.detokenizer.push(token_id))
         if self.finish_reason is not None:
-            text += self.rest_of_text()
+            text += self._rest_of_text()
         if self.stop_strings.matched is not None:
             self.finish_reason, self.stop_reason = FinishReason.STOP, self.stop_strings.matched
-        return text
+        self.held.append(HeldToken(token_id, text, drawn.logprobs, state))
 
-    def rest_of_text(self) -> str:
+    def release(self) -> list[HeldToken]:
+        """The tokens that can no longer be taken back, oldest first."""
+        if self.is_complete or not self.plan.hold_back:
+            released, self.held = list(self.held), deque()
+            return released
+        num_held = max(self.num_tokens + self.plan.hold_back - self.num_computed - 1, 0)
+        return [self.held.popleft() for _ in range(len(self.held) - num_held)]
+
+    def rewind(self, num_tokens: int) -> None:
+        """Take the response back to ``num_tokens`` in all; the position before is to be computed again."""
+        taken = [self.held.pop() for _ in range(self.num_tokens - num_tokens)]
+        del self.token_ids[num_tokens:]
+        self.sampler.rewind([token.token_id for token in reversed(taken)])
+        before = taken[-1].text_state
+        assert before is not None
+        text_state, stop_state = before
+        self.detokenizer.restore(text_state)
+        self.stop_strings.restore(stop_state)
+        self.finish_reason = self.stop_reason = None
+        self.num_rewinds += 1
+        self.num_rewound_tokens += len(taken)
+        self.num_read = num_tokens - 1
+        self._spans = [span for span in self._spans if span[0] < self.num_read]
+        self._add_spans(self.num_read)
+        self._keys.truncate(self.num_read)
+        self._history = [
+            (start, entries, record.part(0, self.num_read - start))
+            for start, entries, record in self._history
+            if start < self.num_read
+        ]
+        while self._scores and self._scores[-1].position >= self.num_read:
+            self._scores.pop()
+
+    def last_text(self) -> str:
+        """Text that no token released: none while tokens are held that the client must not see."""
+        return "" if self.plan.guards else self._rest_of_text()
+
+    # What was read.
+
+    def add_scores(self, start: int, scored: FloatArray) -> None:
+        """Scores ``[n, interventions]`` of the positions from ``start``."""
+        self._scores.extend(PositionScores(start + index, line) for index, line in enumerate(scored))
+
+    def take_scores(self, num_judged: int) -> tuple[PositionScores, ...]:
+        """The scores of positions whose tokens may go out now that the first ``num_judged`` passed; each once."""
+        limit = num_judged if num_judged == self.num_tokens else num_judged - max(self.plan.hold_back - 1, 0)
+        taken = []
+        while self._scores and self._scores[0].position < limit:
+            scores = self._scores.popleft()
+            if scores.position >= self._num_scores_taken:
+                taken.append(scores)
+                self._num_scores_taken = scores.position + 1
+        return tuple(taken)
+
+    def receipt(self, model_fingerprint: str) -> Receipt:
+        """The proof so far."""
+        return self.tally.receipt(model_fingerprint, self.num_rewinds, self.num_rewound_tokens, self.num_cached_tokens)
+
+    def _rest_of_text(self) -> str:
         """What is left when no token follows: text held back, and bytes that make no character as U+FFFD."""
         return self.stop_strings.push(self.detokenizer.finish()) + self.stop_strings.finish()
+
+    def _add_spans(self, start: int) -> None:
+        """What is in force from ``start`` on, at the level of the rewinds so far."""
+        level = self.num_rewinds
+        prompt, generated = (
+            entries_in_force(self.plan, level, phase, self._slots[level]) for phase in (Phase.PROMPT, Phase.GENERATED)
+        )
+        spans = [(start, prompt)] if start < self.num_prompt_tokens else []
+        for begin, entries in [*spans, (max(start, self.num_prompt_tokens), generated)]:
+            # Cut only where the digest changes: requests that share a block must cut its records alike.
+            if not self._spans or self._spans[-1][1].digest != entries.digest:
+                self._spans.append((begin, entries))
+        self._digests[:] = [(begin, entries.digest) for begin, entries in self._spans]
 
     def _end_at_token(self, token_id: int, eos_token_ids: frozenset[int]) -> None:
         sampling = self.request.sampling

@@ -35,21 +35,24 @@ class FamilyAdapter:
 
     Attributes:
         layers_path: the ``ModuleList`` of decoder layers, from the causal language model.
+        attention: module of a layer that computes attention.
         attn_out, mlp_out: module of a layer whose output is added to the residual.
-        mask_per_layer_type: the model takes a dict of attention masks keyed by layer type
-            (``full_attention``, ``sliding_attention``) instead of one mask.
     """
 
     layers_path: str
+    attention: str
     attn_out: str
     mlp_out: str
-    mask_per_layer_type: bool
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """Decoder layers in model order."""
         layers = model.get_submodule(self.layers_path)
         assert isinstance(layers, nn.ModuleList)
         return list(layers)
+
+    def attention_layers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The attention module of every layer, in model order."""
+        return [layer.get_submodule(self.attention) for layer in self.layers(model)]
 
     def hook_point(self, model: PreTrainedModel, site: Site) -> HookPoint:
         """The module that carries ``site``; the layer must exist."""
@@ -69,23 +72,22 @@ class FamilyAdapter:
         return [Site(layer, stream) for layer in range(len(self.layers(model))) for stream in Stream]
 
 
-_LLAMA = FamilyAdapter("model.layers", attn_out="self_attn", mlp_out="mlp", mask_per_layer_type=False)
-_QWEN = FamilyAdapter("model.layers", attn_out="self_attn", mlp_out="mlp", mask_per_layer_type=True)
+_LLAMA = FamilyAdapter("model.layers", attention="self_attn", attn_out="self_attn", mlp_out="mlp")
 _GEMMA = FamilyAdapter(
     "model.layers",
+    attention="self_attn",
     attn_out="post_attention_layernorm",
     mlp_out="post_feedforward_layernorm",
-    mask_per_layer_type=True,
 )
 
 FAMILIES = {
     "llama": _LLAMA,
-    "qwen2": _QWEN,
-    "qwen3": _QWEN,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gpt2": FamilyAdapter("transformer.h", attn_out="attn", mlp_out="mlp", mask_per_layer_type=False),
-    "gpt_neox": FamilyAdapter("gpt_neox.layers", attn_out="attention", mlp_out="mlp", mask_per_layer_type=False),
+    "gpt2": FamilyAdapter("transformer.h", attention="attn", attn_out="attn", mlp_out="mlp"),
+    "gpt_neox": FamilyAdapter("gpt_neox.layers", attention="attention", attn_out="attention", mlp_out="mlp"),
 }
 """Adapters by the ``model_type`` of the model's config."""
 

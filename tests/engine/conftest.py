@@ -1,8 +1,13 @@
-"""Engines on tiny random models, and a way to run requests to their end."""
+"""Engines on tiny random models, and a way to run requests to their end.
+
+``engine_runs`` and ``guard_oracle`` lie beside the tests that import them.
+"""
 
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +22,21 @@ from steerserve.models.loading import LoadedModel, load_model
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack
-from steerserve.types import FinishReason, GenerateRequest, Op, Phase, Receipt, Site, StepOutput, Stream
+from steerserve.types import (
+    FinishReason,
+    GenerateRequest,
+    GuardEvent,
+    Op,
+    Phase,
+    Receipt,
+    Site,
+    StepOutput,
+    Stream,
+    TokenLogprobs,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.register_assert_rewrite("engine_runs", "guard_oracle")
 
 SITE = Site(1, Stream.RESID_POST)
 D_SAE = 12
@@ -62,6 +81,12 @@ def tiny_sae(d_model: int, site: Site = SITE) -> SAE:
     )
 
 
+@pytest.fixture
+def sae() -> SAE:
+    """The one that ``make_engine`` serves with the tiny Llama."""
+    return tiny_sae(32)
+
+
 MakePack = Callable[..., ConceptPack]
 
 
@@ -77,6 +102,7 @@ def make_pack(tmp_path: Path) -> MakePack:
         always: bool = False,
         value: float = 0.0,
         phase: Phase = Phase.ALL,
+        weight: tuple[float, ...] | None = None,
     ) -> ConceptPack:
         W_enc, b_enc, threshold, max_norm, W_dec = (rows.numpy() for rows in tiny_sae(model.d_model).rows(features))
         ones = np.ones(len(features), dtype=np.float32)
@@ -97,7 +123,7 @@ def make_pack(tmp_path: Path) -> MakePack:
             max_norm=max_norm,
             W_dec=W_dec,
             value=value * ones,
-            weight=ones,
+            weight=ones if weight is None else np.array(weight, dtype=np.float32),
             max_activation=4 * ones,
             feature_ids=np.array(features, dtype=np.int64),
         )
@@ -111,21 +137,34 @@ MakeEngine = Callable[..., Engine]
 
 @pytest.fixture
 def make_engine() -> Iterator[MakeEngine]:
-    """Engines that serve ``tiny_sae`` and the given packs; keyword arguments go to ``EngineConfig``."""
+    """Engines that serve ``tiny_sae`` and the given packs; further keyword arguments go to ``EngineConfig``.
+
+    An engine owns its model: a second one for the same model closes the first.
+    """
     engines: list[Engine] = []
 
+    def close(of_these: Iterable[Engine]) -> None:
+        for engine in list(of_these):
+            engine.close()
+            engines.remove(engine)
+
     def make(
-        model: LoadedModel, packs: Iterable[ConceptPack] = (), max_norm: float = math.inf, **config: object
+        model: LoadedModel,
+        packs: Iterable[ConceptPack] = (),
+        max_norm: float = math.inf,
+        sae: SAE | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        **config: object,
     ) -> Engine:
-        sae = replace(tiny_sae(model.d_model), max_norm=max_norm)
+        close(engine for engine in engines if engine.model is model)
+        sae = replace(sae or tiny_sae(model.d_model), max_norm=max_norm)
         catalog = Catalog(model, {"tiny-sae": sae}, {pack.name: pack for pack in packs})
         values = {"max_num_seqs": 4, "max_model_len": 128, "bank_capacity": 32, "dtype": "float32"} | config
-        engines.append(Engine(model, catalog, EngineConfig.model_validate(values)))
+        engines.append(Engine(model, catalog, EngineConfig.model_validate(values), clock))
         return engines[-1]
 
     yield make
-    for engine in engines:
-        engine.close()
+    close(engines)
 
 
 @dataclass
@@ -152,6 +191,15 @@ class Response:
     @property
     def finish_reason(self) -> FinishReason | None:
         return self.outputs[-1].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprobs]:
+        return [entry for output in self.outputs for entry in output.logprobs]
+
+    @property
+    def guard_events(self) -> tuple[GuardEvent, ...]:
+        assert all(output.guard_events == () for output in self.outputs[:-1])
+        return self.outputs[-1].guard_events
 
     @property
     def error(self) -> Exception | None:

@@ -120,6 +120,37 @@ def test_a_stop_string_is_found_whatever_the_tokens(name, data, include, request
     assert stop_strings.matched == matched == stop[0]
 
 
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data(), include=st.booleans(), ends=st.booleans())
+@pytest.mark.parametrize("name", ["byte_tokenizer", "real_tokenizer"])
+def test_text_goes_on_as_if_nothing_had_been_pushed_ahead(name, data, include, ends, request) -> None:
+    """Back to any token, in the middle of a character or of a stop string, and from behind a stop or the end too."""
+    tokenizer = request.getfixturevalue(name)
+    token_ids = tokenizer(TEXT)["input_ids"]
+    begin = data.draw(st.integers(0, len(TEXT) - 1))
+    stop = [TEXT[begin : begin + 6], "🙂 c", "no such text"]
+    num_kept = data.draw(st.integers(0, len(token_ids)))
+    ahead = data.draw(st.lists(st.sampled_from(token_ids), max_size=12)) + token_ids[num_kept : num_kept + 12]
+    detokenizer, stop_strings = Detokenizer(tokenizer, token_ids[:2]), StopStrings(stop, include)
+
+    def push(some: list[int]) -> list[str]:
+        return [stop_strings.push(detokenizer.push(token_id)) for token_id in some]
+
+    def finish() -> str:
+        return stop_strings.push(detokenizer.finish()) + stop_strings.finish()
+
+    expected = [*push(token_ids), finish(), stop_strings.matched]
+    detokenizer, stop_strings = Detokenizer(tokenizer, token_ids[:2]), StopStrings(stop, include)
+    kept = push(token_ids[:num_kept])
+    states = detokenizer.snapshot(), stop_strings.snapshot()
+    push(ahead)
+    if ends:
+        finish()
+    detokenizer.restore(states[0])
+    stop_strings.restore(states[1])
+    assert [*kept, *push(token_ids[num_kept:]), finish(), stop_strings.matched] == expected
+
+
 def test_text_that_only_began_a_stop_string_is_shown_in_the_end() -> None:
     stop_strings = StopStrings(["END."], include=False)
     assert [stop_strings.push(piece) for piece in ("The E", "N", "D", " is EN")] == ["The ", "", "", "END is "]

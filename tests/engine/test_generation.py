@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_runs import Outcome, drive, request
+from huggingface_hub import try_to_load_from_cache
 
 from steerserve.models.families import FAMILIES
 from steerserve.models.loading import LoadedModel, load_model
@@ -37,75 +39,107 @@ def greedy_requests(lengths: list[int]) -> list[GenerateRequest]:
     ]
 
 
-def assert_equals_hf(model: LoadedModel, lengths: list[int], responses: dict) -> None:
+def assert_equals_hf(model: LoadedModel, lengths: list[int], results: dict[tuple[str, int], Outcome]) -> None:
+    """``model`` is a copy that no engine holds."""
     for i, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True)):
         expected = hf_generate(model, model.tokenizer(prompt)["input_ids"], length)
-        response = responses[f"r{i}"]
-        assert response.token_ids == expected
-        assert response.text == model.tokenizer.decode(expected, skip_special_tokens=True)
+        result = results[f"r{i}", 0]
+        assert list(result.token_ids) == expected
+        assert result.text == model.tokenizer.decode(expected, skip_special_tokens=True)
         ended = FinishReason.STOP if expected[-1] in model.eos_token_ids else FinishReason.LENGTH
-        assert response.finish_reason is ended
-        assert len({output.num_prompt_tokens for output in response.outputs}) == 1
+        assert result.finish_reason is ended
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_greedy_equals_generate_in_a_changing_batch(family, load_tiny, make_engine, run) -> None:
+def test_greedy_equals_generate_alone_and_in_a_changing_batch_of_chunks(family, load_tiny, make_engine) -> None:
+    """The windows of the sliding layers hold 8 positions; a chunk is cut after 5 tokens, which are of all requests."""
     model = load_tiny(family)
-    engine = make_engine(model, max_num_seqs=3)
-    responses = run(engine, greedy_requests(LENGTHS), ARRIVALS)
-    assert_equals_hf(model, LENGTHS, responses)
-    assert len({token for response in responses.values() for token in response.token_ids}) > 10
+    alone = drive(make_engine(model, max_num_seqs=1), greedy_requests(LENGTHS))
+    engine = make_engine(model, max_num_seqs=3, max_num_batched_tokens=5)
+    crowded = drive(engine, greedy_requests(LENGTHS), ARRIVALS)
+    engine.close()
+    assert_equals_hf(model, LENGTHS, alone)
+    assert_equals_hf(model, LENGTHS, crowded)
+    assert len({token for result in alone.values() for token in result.token_ids}) > 10
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_greedy_equals_generate_alone(family, load_tiny, make_engine, run) -> None:
-    model = load_tiny(family)
-    engine = make_engine(model, max_num_seqs=1)
-    assert_equals_hf(model, LENGTHS, run(engine, greedy_requests(LENGTHS)))
+@pytest.fixture(params=["SmolLM2", "Gemma 3"])
+def real_model(request: pytest.FixtureRequest) -> LoadedModel:
+    if request.param == "SmolLM2":
+        return load_model(str(request.getfixturevalue("smollm2_dir")), torch.float32)
+    weights = try_to_load_from_cache("google/gemma-3-270m", "model.safetensors")
+    if not isinstance(weights, str):
+        pytest.skip("google/gemma-3-270m, whose licence must be accepted, is not in the Hugging Face cache")
+    return load_model(str(Path(weights).parent), torch.float32)
 
 
-def test_greedy_equals_generate_on_real_weights(smollm2_dir: Path, make_engine, run) -> None:
-    model = load_model(str(smollm2_dir), torch.float32)
+def test_greedy_equals_generate_on_real_weights(real_model: LoadedModel, make_engine) -> None:
     lengths = [8, 4, 10, 6, 8]
-    responses = run(make_engine(model), greedy_requests(lengths), [0, 0, 1, 2, 4])
-    assert_equals_hf(model, lengths, responses)
+    engine = make_engine(real_model, max_num_batched_tokens=7)
+    results = drive(engine, greedy_requests(lengths), [0, 0, 1, 2, 4])
+    engine.close()
+    assert_equals_hf(real_model, lengths, results)
 
 
-def test_messages_are_rendered_through_the_chat_template(smollm2_dir: Path, make_engine, run) -> None:
+def test_messages_are_rendered_through_the_chat_template(smollm2_dir: Path, make_engine) -> None:
     model = load_model(str(smollm2_dir), torch.float32)
-    messages = (Message("user", "Say yes."),)
+    engine = make_engine(model)
     greedy = SamplingParams(max_tokens=3, temperature=0)
-    responses = run(make_engine(model), [GenerateRequest("chat", messages, greedy)])
+    result = drive(engine, [GenerateRequest("chat", (Message("user", "Say yes."),), greedy)])["chat", 0]
+    engine.close()
     turns = [{"role": "user", "content": "Say yes."}]
     rendered = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
-    assert responses["chat"].token_ids == hf_generate(model, rendered, 3)
+    assert list(result.token_ids) == hf_generate(model, rendered, 3)
 
 
-def test_end_of_sequence_stops_unless_ignored(load_tiny, make_engine, run) -> None:
+def test_an_engine_gives_its_model_back(load_tiny, make_engine) -> None:
     model = load_tiny()
-    prompt = tuple(model.tokenizer("abc")["input_ids"])
+    before = hf_generate(model, [1, 2, 3], 8)
+    engine = make_engine(model)
+    drive(engine, [request("r", [1, 2, 3])])
+    engine.close()
+    assert hf_generate(model, [1, 2, 3], 8) == before
+
+
+def test_end_of_sequence_stops_unless_ignored(load_tiny, make_engine) -> None:
+    model = load_tiny()
     with torch.no_grad():
         model.model.lm_head.weight[256] = 1000 * model.model.lm_head.weight[:256].abs().sum(0)  # mostly the largest
-    free = run(
-        make_engine(model),
-        [GenerateRequest("r", prompt, SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))],
-    )["r"]
+    engine = make_engine(model)
+    free = drive(engine, [request("r", "abc", max_tokens=30)])["r", 0]
     assert len(free.token_ids) == 30
     assert free.finish_reason is FinishReason.LENGTH
     first_eos = free.token_ids.index(256)
-    stopped = run(make_engine(model), [GenerateRequest("r", prompt, SamplingParams(max_tokens=30, temperature=0))])["r"]
+    stopped = drive(engine, [request("r", "abc", max_tokens=30, ignore_eos=False)])["r", 0]
     assert stopped.token_ids == free.token_ids[: first_eos + 1]
     assert stopped.finish_reason is FinishReason.STOP
     assert "eos" not in stopped.text
 
 
-def test_a_seed_reproduces_a_response_whatever_runs_beside_it(load_tiny, make_engine, run) -> None:
-    model = load_tiny()
+def test_a_seed_reproduces_a_response_whatever_runs_beside_it(load_tiny, make_engine) -> None:
+    engine = make_engine(load_tiny())
     sampling = SamplingParams(max_tokens=20, temperature=0.8, top_p=0.9, top_k=50, seed=7, ignore_eos=True)
-    alone = run(make_engine(model), [GenerateRequest("r", "hello", sampling)])["r"]
+    wanted = GenerateRequest("r", "hello", sampling)
+    alone = drive(engine, [wanted])["r", 0]
     others = [GenerateRequest(f"o{i}", "world", SamplingParams(max_tokens=9, seed=i)) for i in range(5)]
-    crowded = run(make_engine(model), [*others, GenerateRequest("r", "hello", sampling)])["r"]
-    assert crowded.token_ids == alone.token_ids
+    assert drive(engine, [*others, wanted])["r", 0].token_ids == alone.token_ids
     unseeded = SamplingParams(max_tokens=20, ignore_eos=True)
-    twice = run(make_engine(model), [GenerateRequest(name, "hello", unseeded) for name in "ab"])
-    assert twice["a"].token_ids != twice["b"].token_ids
+    twice = drive(engine, [GenerateRequest(name, "hello", unseeded) for name in "ab"])
+    assert twice["a", 0].token_ids != twice["b", 0].token_ids
+
+
+def test_responses_of_a_request_are_those_of_separate_requests_with_the_next_seeds(load_tiny, make_engine) -> None:
+    engine = make_engine(load_tiny())
+    drawn = SamplingParams(max_tokens=12, temperature=1.0, seed=5, ignore_eos=True, logprobs=2, n=3)
+    prompt = "Once upon a time, there was a queen"  # two blocks and three tokens
+    together = drive(engine, [request("r", prompt, sampling=drawn)])
+    assert set(together) == {("r", index) for index in range(3)}
+    engine = make_engine(engine.model)
+    for index in range(3):
+        separate = drive(engine, [request("s", prompt, sampling=drawn, n=1, seed=5 + index)])["s", 0]
+        result = together["r", index]
+        assert result.token_ids == separate.token_ids
+        assert result.text == separate.text
+        assert result.logprobs == separate.logprobs
+        assert result.receipt.num_cached_tokens == (0 if index == 0 else 32)
+    assert len({result.token_ids for result in together.values()}) == 3

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from steerserve.engine import sampler
-from steerserve.engine.sampler import LogitEdits, RowSampler, next_tokens, sample
+from steerserve.engine.sampler import DrawnToken, LogitEdits, RowSampler, next_tokens, sample
 from steerserve.types import SamplingParams
 
 VOCAB = 50
@@ -90,12 +90,44 @@ def steps(params: list[SamplingParams], logits: torch.Tensor) -> list[list]:
     return [list(tokens) for tokens in zip(*drawn, strict=True)]
 
 
+def go_on(row: RowSampler, logits: torch.Tensor) -> list[DrawnToken]:
+    """What a row that has drawn before draws over ``logits`` ``[steps, 1, vocab]``."""
+    tokens = []
+    for step in logits:
+        (token,) = next_tokens(step.clone(), [row])
+        row.count(token.token_id)
+        tokens.append(token)
+    return tokens
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     logits = torch.from_numpy(np.random.default_rng(0).normal(0, 3, size=(8, 7, 3001)).astype(np.float32))
     together = steps(EVERY_KIND, logits)
     assert together == [steps([params], logits[:, [i]])[0] for i, params in enumerate(EVERY_KIND)]
     reordered = [6, 2, 0, 5, 1, 4, 3]
     assert steps([EVERY_KIND[i] for i in reordered], logits[:, reordered]) == [together[i] for i in reordered]
+
+
+@pytest.mark.parametrize("params", [*EVERY_KIND, SamplingParams(seed=6, repetition_penalty=0.5, presence_penalty=-2.0)])
+@pytest.mark.parametrize(("num_kept", "num_ahead"), [(0, 5), (3, 1), (6, 8)])
+def test_what_follows_a_rewind_is_as_if_nothing_had_been_drawn_ahead(params, num_kept, num_ahead) -> None:
+    logits = torch.from_numpy(np.random.default_rng(0).normal(0, 2, size=(14, 1, 12)).astype(np.float32))
+    ahead = logits[:num_kept].tolist() + logits[-num_ahead:].tolist()  # other logits where it goes ahead
+    row = RowSampler(params, PROMPT)
+    tokens = go_on(row, torch.tensor(ahead))
+    assert len(set(tokens)) > 1
+    row.rewind([token.token_id for token in tokens[num_kept:]])
+    expected = steps([params], logits)[0]
+    assert tokens[:num_kept] + go_on(row, logits[num_kept:]) == expected
+
+
+def test_response_i_draws_with_seed_plus_i() -> None:
+    def uniforms(seed: int | None, index: int) -> list[float]:
+        row = RowSampler(SamplingParams(seed=seed), PROMPT, index)
+        return [row.draw_uniform() for _ in range(4)]
+
+    assert uniforms(7, 2) == uniforms(9, 0) != uniforms(7, 0)
+    assert uniforms(None, 0) != uniforms(None, 1)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
@@ -154,6 +186,27 @@ def test_edits_follow_their_formula_and_order(logits, response, frequency, prese
     for token_id, count in Counter(response).items():
         expected[token_id] -= frequency * count + presence
     np.testing.assert_allclose(edited(logits, params, response), expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    logits=LOGITS,
+    tries=st.lists(st.tuples(RESPONSES, st.integers(0, 30)), max_size=4),
+    penalty=st.sampled_from([{"repetition_penalty": 1.5}, {"frequency_penalty": 0.5, "presence_penalty": -1.0}]),
+)
+def test_what_is_uncounted_was_never_there(logits, tries, penalty) -> None:
+    """Each try goes on with some tokens and takes some of the last back."""
+    params = SamplingParams(**penalty)
+    edits, response = LogitEdits(params, PROMPT), []
+    for token_ids, num_back in tries:
+        for token_id in token_ids:
+            edits.count(token_id)
+        response += token_ids
+        for _ in range(min(num_back, len(response))):
+            edits.uncount(response.pop())
+        row = logits.copy()
+        edits.apply(row)
+        np.testing.assert_array_equal(row, edited(logits, params, response))
 
 
 def test_edits_leave_no_row_without_a_finite_logit() -> None:

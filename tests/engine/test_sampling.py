@@ -28,16 +28,17 @@ def letters(**changes: object) -> SamplingParams:
 
 
 @pytest.mark.parametrize("options", [{"repetition_penalty": 1.4}, {"logit_bias": {65: 4.0, 70: -9.0}}], ids=str)
-def test_edited_greedy_equals_generate_in_a_changing_batch(options, model, make_engine, run) -> None:
+def test_edited_greedy_equals_generate_in_a_changing_batch(options, model, load_tiny, make_engine, run) -> None:
     params = SamplingParams(max_tokens=20, temperature=0, **options)
     requests = [GenerateRequest(prompt, prompt, params) for prompt in PROMPTS]
     plain = GenerateRequest("plain", PROMPTS[0], SamplingParams(max_tokens=20, temperature=0))
     responses = run(make_engine(model, max_num_seqs=3), [*requests, plain], [*ARRIVALS, 0])
     bias = {"sequence_bias": [[[token_id], value] for token_id, value in options.get("logit_bias", {}).items()]}
     hf_options = bias if bias["sequence_bias"] else options
+    untouched = load_tiny()
     for prompt in PROMPTS:
         ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
-        output = model.model.generate(
+        output = untouched.model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, pad_token_id=0, **hf_options
         )
         assert responses[prompt].token_ids == output[0, ids.shape[1] :].tolist()
@@ -132,7 +133,7 @@ def test_the_models_own_end_names_no_stop(model, make_engine, run) -> None:
     assert (ignored.token_ids, ignored.outputs[-1].stop_reason) == ([256], 256)
 
 
-def test_logprobs_are_those_of_the_model(model, make_engine, run) -> None:
+def test_logprobs_are_those_of_the_model(model, load_tiny, make_engine, run) -> None:
     """Whatever the parameters do to the draw: log-softmax in float64 of a forward pass of Hugging Face's model."""
     params = SamplingParams(
         max_tokens=12, seed=3, temperature=1.5, top_k=40, presence_penalty=1.0, ignore_eos=True, logprobs=4
@@ -142,7 +143,7 @@ def test_logprobs_are_those_of_the_model(model, make_engine, run) -> None:
     response = run(make_engine(model), [neighbour, GenerateRequest("r", prompt, params)])["r"]
     entries = [entry for output in response.outputs for entry in output.logprobs]
     with torch.inference_mode():
-        logits = model.model(torch.tensor([[*prompt, *response.token_ids]])).logits[0, len(prompt) - 1 : -1]
+        logits = load_tiny().model(torch.tensor([[*prompt, *response.token_ids]])).logits[0, len(prompt) - 1 : -1]
     expected = logits.double().log_softmax(dim=-1).numpy()
     assert len(entries) == 12
     for entry, row, token in zip(entries, expected, response.token_ids, strict=True):
@@ -169,9 +170,32 @@ def test_a_seed_reproduces_a_response_whatever_else_runs(model, make_engine, run
     assert len({tuple(response.token_ids) for response in alone}) == 3
 
 
+def test_every_response_of_a_request_is_that_of_its_own_seed(model, make_engine, run) -> None:
+    """Each with its own penalties, stop and end, in a batch that holds only two of them at a time."""
+    params = letters(frequency_penalty=0.7, stop=("Q", "ab"), logprobs=1)
+    outputs = run(make_engine(model, max_num_seqs=2), [GenerateRequest("r", "hello", replace(params, n=3))])[
+        "r"
+    ].outputs
+    singles = [GenerateRequest(f"s{i}", "hello", replace(params, seed=params.seed + i)) for i in range(3)]
+    alone = run(make_engine(model), singles)
+    for index, single in enumerate(alone.values()):
+        own = [output for output in outputs if output.index == index]
+        assert [token for output in own for token in output.token_ids] == single.token_ids
+        assert "".join(output.text for output in own) == single.text
+        assert [entry for output in own for entry in output.logprobs] == [
+            entry for output in single.outputs for entry in output.logprobs
+        ]
+        assert own[-1].stop_reason == single.outputs[-1].stop_reason
+        assert [output.finish_reason for output in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1].finish_reason is single.finish_reason
+    assert len({tuple(single.token_ids) for single in alone.values()}) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
         ({"min_p": 1.1}, "min_p"),
         ({"min_p": float("nan")}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),

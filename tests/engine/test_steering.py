@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from engine_runs import Outcome, assert_same, drive, scores_of
 
+from steerserve.engine.scheduler import Scheduler
 from steerserve.errors import DetectorError, InvalidRequestError
 from steerserve.models.families import FAMILIES
 from steerserve.models.loading import LoadedModel
@@ -19,10 +21,14 @@ from steerserve.types import (
     ConceptTarget,
     DirectionTarget,
     FeatureTarget,
+    Gate,
     GenerateRequest,
+    Guard,
+    GuardAction,
     Intervention,
     Op,
     Phase,
+    Rewind,
     SamplingParams,
     Site,
     SteeringSpec,
@@ -42,31 +48,39 @@ class Recorder:
     before: list[torch.Tensor] = field(default_factory=list)
     after: list[torch.Tensor] = field(default_factory=list)
 
-    def row(self, index: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """``x`` and ``x'`` of one row as ``[positions, d]`` float64."""
-        joined = [torch.cat([x[index] for x in xs]).double().numpy() for xs in (self.before, self.after)]
+    def row(self) -> tuple[np.ndarray, np.ndarray]:
+        """``x`` and ``x'`` of a request that ran alone as ``[positions, d]`` float64."""
+        joined = [torch.cat([x[0] for x in xs]).double().numpy() for xs in (self.before, self.after)]
         return joined[0], joined[1]
 
 
 @contextmanager
 def recording(model: LoadedModel, site: Site, make: Callable) -> Iterator[tuple[Recorder, object]]:
     """Hooks on either side of the splice: one installed before ``make()`` builds the engine, one after."""
-    recorder = Recorder()
-    point = model.adapter.hook_point(model.model, site)
+    with recording_all(model, [site], make) as ((recorder,), engine):
+        yield recorder, engine
 
-    def recorded_in(seen: list[torch.Tensor]):
+
+@contextmanager
+def recording_all(model: LoadedModel, sites: list[Site], make: Callable) -> Iterator[tuple[list[Recorder], object]]:
+    """``recording`` at several sites."""
+    recorders = [Recorder() for _ in sites]
+    points = [model.adapter.hook_point(model.model, site) for site in sites]
+
+    def register(point, seen: list[torch.Tensor]):
         def hook(_module, args, output=None) -> None:
             x = args[0] if point.side == "input" else output
             seen.append((x[0] if isinstance(x, tuple) else x).clone())
 
-        return hook
+        module = point.module
+        return module.register_forward_pre_hook(hook) if point.side == "input" else module.register_forward_hook(hook)
 
-    register = point.module.register_forward_pre_hook if point.side == "input" else point.module.register_forward_hook
-    handles = [register(recorded_in(recorder.before))]
+    handles = [register(point, recorder.before) for point, recorder in zip(points, recorders, strict=True)]
     engine = make()
-    handles.append(register(recorded_in(recorder.after)))
+    engine._runner.splicer.install()  # or it would come behind the hooks of the test
+    handles += [register(point, recorder.after) for point, recorder in zip(points, recorders, strict=True)]
     try:
-        yield recorder, engine
+        yield recorders, engine
     finally:
         for handle in handles:
             handle.remove()
@@ -129,7 +143,7 @@ def test_edits_follow_the_formula_at_every_token(interventions, edited, dtype, l
     x, changed = recorder.row()
     rows = feature_rows(engine.catalog, [i.target.feature for i in interventions])
     f = activations(x, rows)
-    assert len(x) == response.outputs[0].num_prompt_tokens + 7
+    assert len(x) == response.outputs[0].num_prompt_tokens + 8  # the last token is read too
     assert (f > 0).any()
     assert (f == 0).any()
     assert_close(changed, x + (edited(f) - f) @ rows[4], x, dtype)
@@ -219,6 +233,53 @@ def test_a_request_cannot_cancel_a_guard(load_tiny, make_engine, make_pack, run)
     assert response.receipt.packs == {"mood@1": guard.sha256}
 
 
+BEFORE = Site(0, Stream.RESID_POST)
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [5, 128])
+@pytest.mark.parametrize("phase", [Phase.ALL, Phase.GENERATED])
+@pytest.mark.parametrize("gated_by", ["feature", "concept", "direction", "direction at an earlier site"])
+def test_a_gated_edit_applies_exactly_where_its_score_exceeds_the_threshold(
+    gated_by, phase, max_num_batched_tokens, load_tiny, make_engine, make_pack
+) -> None:
+    """Beside an edit without a gate at the same site, and one of an earlier site that the gate sees."""
+    model = load_tiny()
+    vector = np.random.default_rng(0).standard_normal(model.d_model).astype(np.float32)
+    pack = make_pack(model, features=(3, 4, 5), weight=(1.0, -0.5, 2.0))
+    target, threshold = {
+        "feature": (FeatureTarget("tiny-sae", 5), 1.0),
+        "concept": (ConceptTarget("mood"), 1.5),
+        "direction": (DirectionTarget(SITE, vector), -0.4),
+        "direction at an earlier site": (DirectionTarget(BEFORE, vector), 0.3),
+    }[gated_by]
+    spec = steer(
+        feature(5, Op.ADD, -2.0),
+        feature(6, Op.CLAMP, 9.0, always=True, phase=phase, gate=Gate(target, threshold)),
+        Intervention(DirectionTarget(BEFORE, vector[::-1].copy()), Op.SCALE, 2.0),
+    )
+    engines = lambda: make_engine(model, [pack], max_num_batched_tokens=max_num_batched_tokens)  # noqa: E731
+    with recording_all(model, [BEFORE, SITE], engines) as ((before, at), engine):
+        response = drive(engine, [request("r", spec, max_tokens=24, return_activations=True)])["r", 0]
+    (x_before, _), (x, changed) = before.row(), at.row()
+    rows = feature_rows(engine.catalog, [5, 6, 3, 4])
+    f = activations(x, rows)
+    score = {
+        "feature": f[:, 0],
+        "concept": f[:, 2] - 0.5 * f[:, 3] + 2 * f[:, 0],
+        "direction": x @ vector / np.linalg.norm(vector),
+        "direction at an earlier site": x_before @ vector / np.linalg.norm(vector),
+    }[gated_by]
+    assert np.abs(score - threshold).min() > 1e-5
+    opens = (score > threshold) & ((np.arange(len(x)) >= len("The quick brown fox")) | (phase is Phase.ALL))
+    assert 4 < opens.sum() < len(x) - 4
+    edits = np.stack([np.full(len(x), -2.0), np.where(opens, 9.0 - f[:, 1], 0.0)], axis=1)
+    assert_close(changed, x + edits @ rows[4][:2], x, torch.float32)
+    assert response.receipt.interventions[1].tokens_edited == opens.sum()
+    in_phase = slice(0 if phase is Phase.ALL else len("The quick brown fox"), None)
+    np.testing.assert_allclose(scores_of(response)[in_phase, 3], score[in_phase], rtol=1e-4, atol=1e-4)
+    assert response.receipt.steered
+
+
 def test_receipt_counts_what_happened(load_tiny, make_engine, make_pack, run) -> None:
     model = load_tiny()
     pack = make_pack(model, features=(3, 4))
@@ -266,7 +327,8 @@ def test_joins_and_leaves_lose_no_count(load_tiny, make_engine, run) -> None:
 def test_receipt_shows_that_nothing_ran(load_tiny, make_engine, run) -> None:
     """Coverage is what the kernel left, not what was asked: without the hooks there is none."""
     engine = make_engine(load_tiny())
-    engine.close()
+    engine._runner.splicer.install()
+    engine._runner.splicer.remove()
     receipt = run(engine, [request("r", steer(feature(3, Op.ADD, 4.0)))])["r"].receipt
     (line,) = receipt.interventions
     assert line.tokens_in_scope > 0
@@ -298,30 +360,88 @@ def overflow(phase: Phase = Phase.ALL) -> SteeringSpec:
     return steer(*(Intervention(target, Op.ADD, 3e38, phase=phase) for target in targets))
 
 
-NEIGHBOURS = [
-    steer(),
-    steer(feature(4, Op.CLAMP, 9.0, always=True)),
-    steer(feature(3, Op.BLOCK), feature(6, Op.ADD, -30.0)),
-    overflow(Phase.GENERATED),
+PROMPT = "Once upon a time there was a quick brown fox who read every book"
+
+
+@contextmanager
+def counting_preemptions() -> Iterator[list[str]]:
+    """The ids of the requests that are preempted meanwhile."""
+    preempted: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        preempt = Scheduler._preempt
+
+        def counted(self, sequence, step) -> None:
+            preempted.append(sequence.request_id)
+            preempt(self, sequence, step)
+
+        patch.setattr(Scheduler, "_preempt", counted)
+        yield preempted
+
+
+def everything_read(name: str, *rest: Intervention, guards: tuple[Guard, ...] = ()) -> GenerateRequest:
+    """Sampled, with all that a client can see of the logits, and readings of the first and the last layer."""
+    readings = [
+        Intervention(DirectionTarget(site, np.random.default_rng(seed).standard_normal(32)), Op.MONITOR)
+        for site in (Site(0, Stream.ATTN_OUT), Site(2, Stream.RESID_POST))
+        for seed in range(3)
+    ]
+    sampling = SamplingParams(max_tokens=20, seed=5, presence_penalty=0.5, logprobs=20, ignore_eos=True)
+    return GenerateRequest(name, PROMPT, sampling, SteeringSpec((*readings, *rest), guards), return_activations=True)
+
+
+GATED = feature(3, Op.ADD, 4.0, gate=Gate(FeatureTarget("tiny-sae", 5), 0.5))
+REWOUND = Guard(
+    DirectionTarget(Site(2, Stream.MLP_OUT), np.ones(32, dtype=np.float32)),
+    threshold=1.0,
+    action=GuardAction.REWIND,
+    rewind=Rewind(5, (feature(6, Op.ADD, 20.0),), max_retries=3, otherwise=GuardAction.FLAG),
+    phase=Phase.GENERATED,
+)
+OWN = [
+    everything_read("read"),
+    everything_read("steered", GATED, feature(4, Op.CLAMP, 3.0, phase=Phase.GENERATED)),
+    everything_read("rewound", feature(4, Op.CLAMP, 3.0), guards=(REWOUND,)),
 ]
+NEIGHBOURS = [
+    request("n0"),
+    request("n1", steer(feature(4, Op.CLAMP, 9.0, always=True)), max_tokens=3),
+    request("n2", steer(feature(3, Op.BLOCK), feature(6, Op.ADD, -30.0))),
+    request("n3", overflow(Phase.GENERATED)),  # fills its row with NaN and ends
+    replace(everything_read("n4", GATED, guards=(REWOUND,)), prompt="Once upon a time there was a slow one"),
+]
+ARRIVALS = [0, 3, 5, 0, 1, 9, 12, 21]
 
 
-@pytest.mark.parametrize("own", [steer(), steer(feature(3, Op.ADD, 4.0))], ids=["unsteered", "steered"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_neighbours_do_not_change_a_bit(dtype, own, load_tiny, make_engine, run) -> None:
-    """At a fixed batch shape, whatever the neighbours' specs; the last of them fill their rows with NaN and end."""
-    model = load_tiny(dtype=dtype)
-    results = []
-    for spec in NEIGHBOURS:
-        engine = make_engine(model, max_prefills_per_step=4)
-        with logits_of(model) as logits:
-            responses = run(engine, [request("r", own), *(request(f"n{i}", spec) for i in range(3))])
-        results.append(([step[0] for step in logits if len(step) == 4], responses["r"].token_ids))
-        engine.close()
-    for logits, token_ids in results[1:]:
-        assert logits
-        assert all(torch.equal(a, b) for a, b in zip(logits, results[0][0], strict=False))
-        assert token_ids == results[0][1]
+def test_nothing_that_runs_beside_a_request_changes_a_bit_of_it(dtype, family, load_tiny, make_engine) -> None:
+    """Neither neighbours nor the size of a step, what the cache holds, or being preempted."""
+    model = load_tiny(family, dtype)
+
+    def served(requests: list[GenerateRequest], arrivals: list[int] | None = None, **config: object) -> list[Outcome]:
+        engine = make_engine(model, **config)
+        outcomes = drive(engine, requests, arrivals)
+        return [outcomes[own.request_id, 0] for own in OWN if (own.request_id, 0) in outcomes]
+
+    alone = [outcome for own in OWN for outcome in served([own], max_num_seqs=1)]
+    assert {len(outcome.scores) for outcome in alone} == {len(PROMPT) + 20}
+    assert [outcome.receipt.num_rewinds > 0 for outcome in alone] == [False, False, True]
+    early = [replace(own, request_id=f"early {own.request_id}") for own in OWN]
+    with counting_preemptions() as preempted:
+        in_company = [
+            served(OWN, max_num_seqs=1, max_num_batched_tokens=1),
+            served([*OWN, *NEIGHBOURS], max_num_seqs=8, max_num_batched_tokens=9),
+            served([*OWN, *NEIGHBOURS], ARRIVALS[::-1], enable_prefix_caching=False, block_size=5),
+            served([*early, *OWN], [0, 0, 0, 30, 31, 32], max_num_seqs=3),
+        ]
+        assert all(outcome.receipt.num_cached_tokens >= 48 for outcome in in_company[-1])
+        assert not preempted
+        urgent = [replace(neighbour, priority=-1) for neighbour in NEIGHBOURS]
+        in_company.append(served([*OWN, *urgent], [0, 0, 0, 5, 9, 35, 60, 75], max_num_seqs=1, kv_cache_tokens=128))
+        assert {own.request_id for own in OWN} <= set(preempted)
+    for outcomes in in_company:
+        for outcome, expected in zip(outcomes, alone, strict=True):
+            assert_same(outcome, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -335,7 +455,6 @@ def test_output_is_bit_identical_when_nothing_fires(dtype, load_tiny, make_engin
         with logits_of(model) as logits:
             run(engine, [request(f"r{i}", spec, policies=policies) for i in range(3)])
         results.append(logits)
-        engine.close()
     assert len(results[0]) == len(results[1])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

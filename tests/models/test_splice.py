@@ -1,8 +1,8 @@
-"""Hooks that do nothing unless the running forward pass has work, and leave nothing behind."""
+"""Hooks that do nothing unless their site is active, read fixed buffers, and leave nothing behind."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ import torch
 from steerserve.kernels.steer_delta import OpCode
 from steerserve.models.families import FAMILIES
 from steerserve.models.loading import LoadedModel, load_model
-from steerserve.models.splice import SiteBank, SiteWork, Splicer
+from steerserve.models.splice import STAGES, SiteBank, SiteBuffers, Splicer
 from steerserve.types import Site, Stream
 
-TOKENS = torch.tensor([[72, 101, 108, 108, 111], [1, 2, 3, 4, 5]])
-NUM_ROWS = TOKENS.numel()
+TOKENS = torch.tensor([[72, 101, 108, 108, 111, 1, 2, 3, 4, 5]])
+NUM_TOKENS = TOKENS.numel()
+ROOM = NUM_TOKENS + 6
+AMOUNT = 3.0
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -27,45 +29,50 @@ def llama(tiny_model_dir) -> LoadedModel:
     return load_model(str(tiny_model_dir("llama")), torch.float32)
 
 
-def add_work(d_model: int, amount: float) -> SiteWork:
-    """Add ``amount`` along the first axis at every position."""
+@pytest.fixture
+def splice() -> Iterator:
+    """Splicers with hooks at every site, or at the given ones, of a model."""
+    splicers = []
+
+    def make(model: LoadedModel, *sites: Site) -> Splicer:
+        chosen = sites or model.adapter.sites(model.model)
+        splicers.append(
+            Splicer(model.model, model.adapter, chosen, max_tokens=ROOM, max_entries=2 * ROOM, max_scores=ROOM)
+        )
+        return splicers[-1]
+
+    yield make
+    for splicer in splicers:
+        splicer.remove()
+
+
+def axis_bank(d_model: int) -> SiteBank:
+    """One feature, which reads and writes the first axis."""
     axis = torch.eye(d_model)[:1].contiguous()
     bound = torch.full((1,), torch.inf)
     none = torch.zeros(1, dtype=torch.uint8)
-    bank = SiteBank(axis, torch.zeros(1), threshold=-bound, max_norm=bound, normalization=none, W_dec=axis)
-    return SiteWork(
-        bank=bank,
-        ptr=torch.arange(NUM_ROWS + 1, dtype=torch.int32),
-        slot=torch.zeros(NUM_ROWS, dtype=torch.int32),
-        op=torch.full((NUM_ROWS,), OpCode.ADD, dtype=torch.uint8),
-        value=torch.full((NUM_ROWS,), amount),
-        score_index=torch.full((NUM_ROWS,), -1, dtype=torch.int32),
-        score_ptr=torch.zeros(NUM_ROWS + 1, dtype=torch.int32),
-        score_threshold=torch.empty(0),
-        score=torch.empty(0),
-        activation=torch.empty(NUM_ROWS),
-        edit=torch.empty(NUM_ROWS),
-        x_norm=torch.full((NUM_ROWS,), -1.0),
-    )
+    return SiteBank(axis, torch.zeros(1), threshold=-bound, max_norm=bound, normalization=none, W_dec=axis)
 
 
-def logits(model: LoadedModel) -> torch.Tensor:
+def one_entry_each(
+    buffers: SiteBuffers, d_model: int, op: OpCode = OpCode.ADD, value: float = AMOUNT, scored: bool = False
+) -> None:
+    """An entry of the axis feature for every token, in stage REQUEST; ``scored`` ones name score t of token t."""
+    buffers.bank = buffers.bank or axis_bank(d_model)
+    buffers.ptr.copy_((torch.arange(len(buffers.ptr)) + 1) // STAGES)
+    buffers.slot.zero_()
+    buffers.op.fill_(op)
+    buffers.value.fill_(value)
+    buffers.score_index.copy_(torch.arange(len(buffers.score_index)) if scored else torch.tensor(-1))
+    buffers.activation.fill_(torch.nan)
+    buffers.edit.fill_(torch.nan)
+    buffers.x_norm.fill_(-1.0)
+    buffers.active = True
+
+
+def logits(model: LoadedModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
     with torch.inference_mode():
-        return model.model(TOKENS).logits
-
-
-def test_edits_last_for_the_block_and_reach_the_logits_from_every_site(model) -> None:
-    before = logits(model)
-    splicer = Splicer(model.model, model.adapter)
-    for site in model.adapter.sites(model.model):
-        work = add_work(model.d_model, 3.0)
-        with splicer.applying({site: work}):
-            edited = logits(model)
-        assert not torch.allclose(edited, before, atol=1e-3)
-        assert (work.x_norm > 0).all()
-        assert (work.edit == 3.0).all()
-        assert torch.equal(logits(model), before)
-    splicer.remove()
+        return model.model(tokens).logits
 
 
 def functionally_edited_logits(model: LoadedModel, site: Site, amount: float) -> torch.Tensor:
@@ -87,42 +94,109 @@ def functionally_edited_logits(model: LoadedModel, site: Site, amount: float) ->
         handle.remove()
 
 
-def test_editing_in_place_touches_nothing_else(model) -> None:
-    splicer = Splicer(model.model, model.adapter)
+def test_edits_last_while_active_and_reach_the_logits_from_every_site(model, splice) -> None:
+    before = logits(model)
     weights = {name: weight.clone() for name, weight in model.model.state_dict().items()}
-    for site in model.adapter.sites(model.model):
-        with splicer.applying({site: add_work(model.d_model, 3.0)}):
-            edited = logits(model)
-        torch.testing.assert_close(edited, functionally_edited_logits(model, site, 3.0), rtol=0, atol=1e-4)
+    expected = {site: functionally_edited_logits(model, site, AMOUNT) for site in model.adapter.sites(model.model)}
+    splicer = splice(model)
+    assert list(splicer.buffers) == list(expected)
+    for site, buffers in splicer.buffers.items():
+        one_entry_each(buffers, model.d_model)
+        edited = logits(model)
+        assert not torch.allclose(edited, before, atol=1e-3)
+        torch.testing.assert_close(edited, expected[site], rtol=0, atol=1e-4)
+        assert (buffers.x_norm[: STAGES * NUM_TOKENS : STAGES] > 0).all()
+        assert (buffers.edit[:NUM_TOKENS] == AMOUNT).all()
+        buffers.active = False
+        assert torch.equal(logits(model), before)
     assert all(torch.equal(weight, weights[name]) for name, weight in model.model.state_dict().items())
-    splicer.remove()
 
 
-def test_resid_pre_reads_what_resid_post_of_the_layer_below_left(llama) -> None:
-    splicer = Splicer(llama.model, llama.adapter)
-    first, second = add_work(llama.d_model, 3.0), add_work(llama.d_model, 5.0)
-    with splicer.applying({Site(1, Stream.RESID_PRE): second, Site(0, Stream.RESID_POST): first}):
-        logits(llama)
-    torch.testing.assert_close(second.activation, first.activation + 3.0)
-    splicer.remove()
-
-
-def test_work_is_dropped_when_the_pass_fails(llama) -> None:
+def test_a_monitor_reads_and_leaves_every_bit(llama, splice) -> None:
     before = logits(llama)
-    splicer = Splicer(llama.model, llama.adapter)
-    with pytest.raises(RuntimeError, match="stop"), splicer.applying({Site(0, Stream.MLP_OUT): add_work(32, 3.0)}):
-        raise RuntimeError("stop")
+    splicer = splice(llama)
+    for buffers in splicer.buffers.values():
+        one_entry_each(buffers, llama.d_model, OpCode.MONITOR)
     assert torch.equal(logits(llama), before)
-    wrong = replace(add_work(32, 3.0), value=torch.zeros(NUM_ROWS, dtype=torch.float64))
-    with pytest.raises(TypeError, match="value"), splicer.applying({Site(0, Stream.MLP_OUT): wrong}):
+    assert all(buffers.activation[:NUM_TOKENS].isfinite().all() for buffers in splicer.buffers.values())
+
+
+def test_a_pass_touches_only_its_own_tokens(llama, splice) -> None:
+    buffers = splice(llama).buffers[Site(1, Stream.RESID_POST)]
+    one_entry_each(buffers, llama.d_model)
+    for num_tokens in (NUM_TOKENS, 1, 4):
+        buffers.edit.fill_(torch.nan)
+        logits(llama, TOKENS[:, :num_tokens])
+        assert (buffers.edit[:num_tokens] == AMOUNT).all()
+        assert buffers.edit[num_tokens:].isnan().all()
+
+
+def test_resid_pre_reads_what_resid_post_of_the_layer_below_left(llama, splice) -> None:
+    below, above = Site(0, Stream.RESID_POST), Site(1, Stream.RESID_PRE)
+    buffers = splice(llama, below, above).buffers
+    one_entry_each(buffers[below], llama.d_model)
+    one_entry_each(buffers[above], llama.d_model)
+    logits(llama)
+    first, second = (buffers[site].activation[:NUM_TOKENS] for site in (below, above))
+    torch.testing.assert_close(second, first + AMOUNT)
+
+
+def test_a_score_of_one_site_gates_an_edit_of_a_later_one(llama, splice) -> None:
+    reader, editor = Site(0, Stream.MLP_OUT), Site(2, Stream.ATTN_OUT)
+    splicer = splice(llama, reader, editor)
+    one_entry_each(splicer.buffers[reader], llama.d_model, OpCode.MONITOR, value=1.0, scored=True)
+    one_entry_each(splicer.buffers[editor], llama.d_model, scored=True)
+    scores = splicer.scores
+    scores.ptr.copy_(torch.arange(len(scores.ptr)))
+    scores.score.zero_()
+    logits(llama)
+    read = splicer.buffers[reader].activation[:NUM_TOKENS].clone()
+    torch.testing.assert_close(scores.score[:NUM_TOKENS], read)
+    scores.threshold.fill_(read.median().item())
+    scores.score.zero_()
+    logits(llama)
+    is_open = read > read.median()
+    assert 0 < is_open.sum() < NUM_TOKENS
+    assert torch.equal(splicer.buffers[editor].edit[:NUM_TOKENS] == AMOUNT, is_open)
+    assert torch.equal(splicer.buffers[editor].edit[:NUM_TOKENS] == 0.0, ~is_open)
+
+
+def test_the_operator_finds_the_buffers_by_their_handle(llama, splice) -> None:
+    """What compiled code calls; it must say that it writes its argument."""
+    first, second = splice(llama, Site(0, Stream.RESID_POST), Site(1, Stream.RESID_POST)).buffers.values()
+    one_entry_each(second, llama.d_model)
+    x = torch.randn(1, NUM_TOKENS, llama.d_model)
+    before, shift = x.clone(), AMOUNT * torch.eye(llama.d_model)[0]
+    torch.ops.steerserve.steer_site_(x, first.handle)
+    assert torch.equal(x, before)
+    torch.ops.steerserve.steer_site_(x, second.handle)
+    torch.testing.assert_close(x, before + shift)
+    torch.library.opcheck(torch.ops.steerserve.steer_site_, (x, second.handle))
+
+
+def test_handles_are_given_back(llama, splice) -> None:
+    """Compiled code is cached by the handles in it, so a second engine must get those of the first."""
+    first = splice(llama)
+    handles = [buffers.handle for buffers in first.buffers.values()]
+    first.remove()
+    second = splice(llama)
+    first.remove()
+    assert [buffers.handle for buffers in second.buffers.values()] == handles
+    torch.ops.steerserve.steer_site_(torch.zeros(1, 1, llama.d_model), handles[0])
+
+
+def test_a_refused_argument_is_an_error_not_a_pass_without_edits(llama, splice) -> None:
+    buffers = splice(llama, Site(0, Stream.MLP_OUT)).buffers[Site(0, Stream.MLP_OUT)]
+    one_entry_each(buffers, llama.d_model)
+    buffers.slot.fill_(1)
+    with pytest.raises(ValueError, match="slot"):
         logits(llama)
-    assert torch.equal(logits(llama), before)
-    splicer.remove()
 
 
-def test_removed_hooks_do_nothing(llama) -> None:
+def test_removed_hooks_do_nothing(llama, splice) -> None:
     before = logits(llama)
-    splicer = Splicer(llama.model, llama.adapter)
+    splicer = splice(llama)
+    for buffers in splicer.buffers.values():
+        one_entry_each(buffers, llama.d_model)
     splicer.remove()
-    with splicer.applying({Site(0, Stream.MLP_OUT): add_work(32, 3.0)}):
-        assert torch.equal(logits(llama), before)
+    assert torch.equal(logits(llama), before)

@@ -12,7 +12,11 @@ Calls of a case take turns in random order, so that whatever else the machine do
     SAELens ÷   SAELens' time over ours: SAE.encode, SAE.decode, or SAE.forward with a hook that clamps one feature;
                 for steer_delta with its error term, which is what keeps the rest of x
 
-d × d_sae: SmolLM2-135M, Gemma-2-2B and Llama-3-8B sized SAEs with 64 active features a row. SAELens is not among our
+The size is d × d_sae for SAEs of SmolLM2-135M's, Gemma-2-2B's and Llama-3-8B's sizes, with 64 active features a row;
+d_in × d_out for linear, against torch's; heads × d_head for attend, which adds B tokens to a sequence of 500 ("prompt")
+or one to each of B ("decode"), against scaled_dot_product_attention on contiguous keys and values that were expanded to
+all heads beforehand. Weights and caches of these two are taken in turn, as the layers of a model are.
+ SAELens is not among our
 dependencies: `pip install -e '.[bench]'`; its column stays empty without it.
 
     python bench/bench_kernels.py [--quick] [--only sae_encode] [--threads N]
@@ -21,6 +25,7 @@ dependencies: `pip install -e '.[bench]'`; its column stays empty without it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -39,7 +44,9 @@ from torch.nn import functional as F
 
 from steerserve.config import EngineConfig
 from steerserve.engine.runner import ModelRunner
+from steerserve.kernels.attend import AttentionState, attend
 from steerserve.kernels.head_scale import head_scale_
+from steerserve.kernels.linear import linear
 from steerserve.kernels.sae_decode import sae_decode
 from steerserve.kernels.sae_encode import SparseFeatures, sae_encode
 from steerserve.kernels.sae_splice import sae_splice_
@@ -47,6 +54,8 @@ from steerserve.kernels.steer_delta import Normalization, OpCode, steer_delta_
 from steerserve.models.loading import load_model
 from steerserve.models.pull import pull
 
+LINEAR_SIZES = [(576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152), (4096, 14336)]
+HEAD_SIZES = [(9, 3, 64), (4, 1, 256), (32, 8, 128)]
 SIZES = {"SmolLM2-135M": (576, 4608), "Gemma-2-2B": (2304, 16384), "Llama-3-8B": (4096, 131072)}
 DTYPES = (torch.float32, torch.bfloat16)
 NUM_ACTIVE = 64
@@ -258,6 +267,44 @@ def head_case(num_rows: int, dtype: torch.dtype) -> Case:
     return Case("head_scale", num_rows, "32 × 128", str(dtype)[6:], num_bytes, call, {"dense": [dense]})
 
 
+def linear_case(num_rows: int, d_in: int, d_out: int, dtype: torch.dtype) -> Case:
+    x = torch.randn(num_rows, d_in, dtype=dtype)
+    num_bytes = d_in * d_out * x.itemsize
+    weights = [torch.randn(d_out, d_in, dtype=dtype) for _ in range(max(2, min(64, (256 << 20) // num_bytes)))]
+    ours, dense = itertools.cycle(weights), itertools.cycle(weights)
+    return Case(
+        *("linear", num_rows, f"{d_in} × {d_out}", str(dtype)[6:]),
+        num_bytes + x.nbytes + num_rows * d_out * x.itemsize,
+        lambda: linear(x, next(ours)),
+        {"dense": [lambda: F.linear(x, next(dense))]},
+    )
+
+
+def attend_case(kind: str, num_tokens: int, heads: tuple[int, int, int], dtype: torch.dtype) -> Case:
+    num_heads, num_kv_heads, d_head = heads
+    num_rows, block_size, length, num_layers = (num_tokens if kind == "decode" else 1), 16, 500, 4
+    num_new, max_blocks = num_tokens // num_rows, -(-length // block_size)
+    block_table = torch.randperm(num_rows * max_blocks).view(num_rows, max_blocks).int()
+    row = torch.arange(num_rows).repeat_interleave(num_new).int()
+    position = torch.arange(length - num_new, length).repeat(num_rows).int()
+
+    def layers(*sizes: int) -> list[list[Tensor]]:
+        return [[torch.randn(sizes, dtype=dtype) for _ in range(2)] for _ in range(num_layers)]
+
+    caches = layers(num_rows * max_blocks, num_kv_heads, block_size, d_head)
+    states = [AttentionState(*cache, block_table, row, position) for cache in caches]
+    q, k, v = (torch.randn(num_tokens, n, d_head, dtype=dtype) for n in (num_heads, num_kv_heads, num_kv_heads))
+    query = q.view(num_rows, num_new, num_heads, d_head).transpose(1, 2)
+    mask = position[:num_new, None] >= torch.arange(length) if num_new > 1 else None
+    ours, dense = itertools.cycle(states), itertools.cycle(layers(num_rows, num_heads, length, d_head))
+    return Case(
+        *(f"attend {kind}", num_tokens, f"{num_heads} × {d_head}", str(dtype)[6:]),
+        2 * num_rows * length * num_kv_heads * d_head * q.itemsize + 2 * q.nbytes,
+        lambda: attend(q, k, v, next(ours).handle, d_head**-0.5),
+        {"dense": [lambda: F.scaled_dot_product_attention(query, *next(dense), attn_mask=mask)]},
+    )
+
+
 SAE_OPS = {
     "sae_encode": encode_case,
     "sae_encode top-k": topk_case,
@@ -282,6 +329,11 @@ def cases(quick: bool, only: str) -> Iterator[Case]:
         for num_rows in batch_sizes:
             if "head_scale".startswith(only):
                 yield head_case(num_rows, dtype)
+            if "linear".startswith(only):
+                yield from (linear_case(num_rows, *size, dtype) for size in LINEAR_SIZES[: 4 if quick else None])
+            if "attend".startswith(only):
+                for heads, kind in itertools.product(HEAD_SIZES[: 1 if quick else None], ("decode", "prompt")):
+                    yield attend_case(kind, num_rows, heads, dtype)
 
 
 def timed(calls: list[Call]) -> list[list[float]]:

@@ -10,7 +10,6 @@ machine does falls on both; the first pair is discarded; the receipts show that 
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,20 +18,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+from measure import spread
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from workload import MODEL, features_of_row, random_sae, small_edits
 
-from steerserve import FeatureTarget, Intervention, Op, Site, SteerserveClient
+from steerserve import Site, SteerserveClient
 from steerserve.models.pull import pull
-from steerserve.sae.model import SAE
 from steerserve.sae.saelens import save_sae
 
-MODEL = "smollm2-135m-instruct"
-SITE, D_MODEL = Site.parse("blocks.14.hook_resid_post"), 576
 NUM_FEATURES = 64
 CONCURRENCIES = (1, 4, 16)
+SAE = random_sae(Site.parse("blocks.14.hook_resid_post"), NUM_FEATURES * max(CONCURRENCIES))
 PROMPT = "The most important thing to know about the sea is that"
 
 
@@ -44,8 +42,8 @@ def main() -> None:
     args = parser.parse_args()
     pull(MODEL)
     with tempfile.TemporaryDirectory() as directory:
-        sae = Path(directory) / "random-sae"
-        save_sae(random_sae(), sae)
+        sae = Path(directory) / SAE.name
+        save_sae(SAE, sae)
         command = [sys.executable, "-m", "steerserve", "serve", "--port", "0", "--dtype", args.dtype, "--sae", str(sae)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout is not None
@@ -54,26 +52,6 @@ def main() -> None:
                     report([(count, *measure(client, count, args)) for count in CONCURRENCIES], args)
             finally:
                 server.terminate()
-
-
-def random_sae() -> SAE:
-    """Enough features for every row to have its own; half of them fire on any token, more than in a trained SAE."""
-    generator = torch.Generator().manual_seed(0)
-    d_sae = NUM_FEATURES * max(CONCURRENCIES)
-    decoder = torch.nn.functional.normalize(torch.randn(d_sae, D_MODEL, generator=generator))
-    bias, threshold = torch.zeros(2, d_sae).unbind()
-    return SAE(
-        "random-sae", SITE, decoder.T.contiguous(), bias, decoder, torch.zeros(D_MODEL), threshold=threshold.clone()
-    )
-
-
-def plan(row: int) -> list[Intervention]:
-    """Row r scales its own 64 features, by little: the text stays text, the work is done."""
-    first = row * NUM_FEATURES
-    return [
-        Intervention(FeatureTarget("random-sae", feature), Op.SCALE, 0.99)
-        for feature in range(first, first + NUM_FEATURES)
-    ]
 
 
 def measure(client: SteerserveClient, concurrency: int, args: argparse.Namespace) -> tuple[list[float], list[float]]:
@@ -93,9 +71,8 @@ def run(client: SteerserveClient, concurrency: int, max_tokens: int, steered: bo
     """Tokens per second of one batch, from the first request sent to the last response received."""
 
     def ask(row: int) -> int:
-        reply = client.generate(
-            PROMPT, steer=plan(row) if steered else (), max_tokens=max_tokens, temperature=0, ignore_eos=True
-        )
+        plan = small_edits(features_of_row(SAE, row, NUM_FEATURES)) if steered else ()
+        reply = client.generate(PROMPT, steer=plan, max_tokens=max_tokens, temperature=0, ignore_eos=True)
         assert len(reply.receipt.interventions) == (NUM_FEATURES if steered else 0), "the server ran another plan"
         assert reply.receipt.steered is steered, "the server steered otherwise than asked"
         return len(reply.token_ids)
@@ -115,10 +92,6 @@ def report(rows: Sequence[tuple[int, list[float], list[float]]], args: argparse.
         ratios = [after / before for before, after in zip(unsteered, steered, strict=True)]
         table.add_row(str(concurrency), spread(unsteered, ".1f"), spread(steered, ".1f"), spread(ratios, ".3f"))
     Console(width=110).print(table)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} [{min(values):{form}} – {max(values):{form}}]"
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def receipt_view(receipt: Receipt) -> RenderableType:
     """What ran: a row per intervention, then the verdict, the plan and the weights."""
     verdict = "steered" if receipt.steered else "not steered"
     plan = f"plan {receipt.plan_hash[:12]} · " if receipt.plan_hash else ""
-    rewinds = f"{receipt.num_rewinds} rewinds of {receipt.num_rewound_tokens} tokens · " if receipt.num_rewinds else ""
+    rewinds = f"rewinds: {receipt.num_rewinds}, {receipt.num_rewound_tokens} tokens · " if receipt.num_rewinds else ""
     summary = Text(f"receipt: {verdict} · {rewinds}{plan}model {receipt.model_fingerprint[:12]}", "dim")
     if not receipt.interventions:
         return summary

@@ -200,8 +200,9 @@ class Rewind:
     Attributes:
         num_tokens: how many, counted back from the one it fired on; never the prompt, nor what was released,
             which soon after another rewind may be more.
-        edits: in force from the position that is generated again to the end of the response. Their values are
-            multiplied by the number of the retry; an edit of a feature takes the place of the request's own.
+        edits: at least one; in force from the position at which the first of the tokens is drawn again to the end
+            of the response. Their values are multiplied by the number of the retry; an edit of a feature takes the
+            place of the request's own.
         max_retries: how often in one response.
         otherwise: what follows when the guard fires once more, or in the prompt; not ``REWIND``.
     """

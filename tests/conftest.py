@@ -29,6 +29,12 @@ def smollm2_dir() -> Path:
     return pull("smollm2-135m-instruct")
 
 
+@pytest.fixture(scope="session")
+def gemma3_dir() -> Path:
+    """Gemma 3 270M likewise: 240 MB, so that the tests that use it are marked slow."""
+    return pull("gemma3-270m")
+
+
 TINY_COMMON = {
     "vocab_size": 260, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": None, "initializer_range": 0.3,
     "tie_word_embeddings": False,

@@ -82,7 +82,7 @@ class PagedAttention:
         """
         _refuse_rope_of_the_batch(model.config)
         self._model = model
-        self._layers = cast(list[Any], adapter.attention_layers(model))
+        self._layers = cast("list[Any]", adapter.attention_layers(model))
         self._implementation = model.config._attn_implementation
         for layer, state in zip(self._layers, store.states, strict=True):
             layer.steerserve_state = state.handle

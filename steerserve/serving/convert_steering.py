@@ -138,7 +138,6 @@ def _guard_to_proto(guard: Guard, path: str) -> pb.Guard:
 
 
 def _rewind_from_proto(message: pb.Rewind, path: str) -> Rewind:
-    expect(len(message.edits) > 0, f"{path}.edits", "none", "at least one edit: the same would be generated again")
     edits = tuple(_intervention_from_proto(edit, f"{path}.edits[{i}]") for i, edit in enumerate(message.edits))
     otherwise = _member(_OTHERWISE, "GUARD_ACTION", message.otherwise, f"{path}.otherwise")
     max_retries = message.max_retries if message.HasField("max_retries") else 1

@@ -248,7 +248,7 @@ def test_every_response_is_what_it_is_alone_and_ends_once(sizes, actions, start,
 
 
 @pytest.mark.slow
-@settings(PROPERTY, max_examples=150)
+@settings(PROPERTY, max_examples=100)
 @given(sizes=SIZES, actions=st.lists(ACTIONS, min_size=10, max_size=60))
 def test_every_response_is_what_it_is_alone_in_long_runs(sizes, actions, start, alone) -> None:
     check_churn(start, alone, sizes, actions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,7 +25,10 @@ from engine_runs import (
     spec,
 )
 
+from steerserve.engine.blocks import PrefixKeys
 from steerserve.engine.engine import Engine
+from steerserve.models.loading import LoadedModel
+from steerserve.steering.packs import ConceptPack
 from steerserve.types import (
     ConceptTarget,
     FinishReason,
@@ -61,15 +65,19 @@ SAME_IN_BOTH_PHASES = PLANS.keys() - {"prompt only", "generated only", "guarded 
 
 
 @pytest.fixture
-def packs(load_tiny, make_pack):
-    model = load_tiny()
+def model(load_tiny) -> LoadedModel:
+    return load_tiny()
+
+
+@pytest.fixture
+def packs(model, make_pack) -> list[ConceptPack]:
     mood = make_pack(model, features=(1, 3, 4, 7, 9), op=Op.BLOCK)
     return [mood, make_pack(model, features=(1, 3, 4, 7, 9), op=Op.BLOCK, name="twin")]
 
 
 @pytest.fixture
-def caching(load_tiny, make_engine, packs) -> Engine:
-    return make_engine(load_tiny(), packs)
+def caching(model, make_engine, packs) -> Engine:
+    return make_engine(model, packs)
 
 
 @pytest.fixture
@@ -165,6 +173,10 @@ PAIRS = {
     "pack and SAE": (
         {"steering": spec(feature(1, Op.BLOCK, None))}, {"steering": spec(MOOD)}
     ),
+    "which gate": (
+        {"steering": spec(feature(3, gate=gate(4)), feature(5, gate=gate(4)), feature(6, gate=gate(7)))},
+        {"steering": spec(feature(3, gate=gate(4)), feature(5, gate=gate(7)), feature(6, gate=gate(7)))},
+    ),
     "order": ({"steering": spec(monitor(3), monitor(4))}, {"steering": spec(monitor(4), monitor(3))}),
 }  # fmt: skip
 
@@ -172,12 +184,12 @@ PAIRS = {
 @pytest.mark.parametrize("part", PAIRS)
 def test_requests_that_differ_in_one_thing_share_nothing(part, caching, plain) -> None:
     one, other = (request("r", **{"prompt": PROMPT} | rest) for rest in PAIRS[part])
-    for asked in (one, other):
-        seen = only(caching, asked)
-        assert seen.receipt.num_cached_tokens == 0
-        assert_same(seen, only(plain, asked))
-    for asked in (one, other):
-        assert only(caching, asked).receipt.num_cached_tokens == NUM_CACHED
+    expected = [only(plain, asked) for asked in (one, other)]
+    for num_cached in (0, NUM_CACHED):
+        for asked, alone in zip((one, other), expected, strict=True):
+            seen = only(caching, asked)
+            assert seen.receipt.num_cached_tokens == num_cached
+            assert_same(seen, alone)
 
 
 def test_models_share_nothing(caching) -> None:
@@ -248,3 +260,21 @@ def test_what_was_generated_after_a_rewind_is_not_taken_for_what_was_before(cach
     assert turn.receipt.num_cached_tokens == (rewound_from - 1) // 16 * 16
     assert_same(first, only(plain, asked))
     assert_same(turn, only(plain, second))
+
+
+def test_keys_and_records_follow_a_response_that_rewinds(load_tiny, make_engine) -> None:
+    """A second retry that does what the first did leaves no trace in the keys, so it must leave none in the records."""
+    engine = make_engine(load_tiny(), block_size=2)
+    edits = rewind(feature(5, Op.BLOCK, None), num_tokens=2, max_retries=3, otherwise=GuardAction.FLAG)
+    asked = request("r", PROMPT, spec(guards=[guard(3, -1.0, edits, phase=Phase.GENERATED)]), max_tokens=20)
+    engine.add_request(asked)
+    engine.step()
+    (sequence,) = engine._scheduler.running
+    drive(engine)
+    assert sequence.num_rewinds == 3
+    digests = [entries.digest for entries, _, _ in sequence.pieces(0, sequence.num_tokens)]
+    assert len(digests) >= 2
+    assert all(one != following for one, following in pairwise(digests))
+    afresh = PrefixKeys(sequence._keys._chain[0], sequence.token_ids, sequence._digests, block_size=2)
+    num_blocks = sequence.num_tokens // 2
+    assert sequence.block_keys(num_blocks) == afresh.first(num_blocks)

@@ -28,6 +28,7 @@ from guard_oracle import (
 from steerserve.types import (
     FinishReason,
     GenerateRequest,
+    Guard,
     GuardAction,
     Phase,
     Rewind,
@@ -63,10 +64,8 @@ class Case:
         return guarded(guard, self.sampling, self.prompt)
 
 
-TWO_BYTES = dict.fromkeys(range(260), -100.0)
-"""Leaves the bytes of "é" and "ü", which begin alike."""
-
-
+TWO_BYTES = {token_id: -100.0 for token_id in range(260) if token_id not in (64, 127, 102, 120)}
+"""Leaves "a" and the bytes of "é" and "ü", of which the first is the same."""
 CASES = {
     "greedy": Case(9, 3),
     "one token": Case(6, 1),
@@ -74,7 +73,9 @@ CASES = {
     "last token": Case(15, 5),
     "sampled": Case(11, 6, sampling=SAMPLED),
     "penalties": Case(12, 8, sampling=PENALISED),
+    "inside a character": Case(8, 3, sampling=replace(SAMPLED, seed=0, temperature=8.0, logit_bias=TWO_BYTES)),
     "often, then flagged": Case(3, 2, max_retries=4, share=0.3, num_rewinds=4, sampling=SAMPLED),
+    "before what is held, then flagged": Case(8, 3, max_retries=4, share=0.5, num_rewinds=4, sampling=PENALISED),
     "often, then blocked": Case(
         8, 4, max_retries=2, share=0.5, num_rewinds=2, sampling=PENALISED, otherwise=GuardAction.BLOCK
     ),
@@ -93,6 +94,7 @@ def test_rewind_goes_on_as_if_the_tokens_had_never_been(name, oracle, load_tiny,
     assert expected.num_rewinds == case.num_rewinds
     assert expected.events[0].position == len(case.prompt) + case.index
     assert (len(expected.events) > case.num_rewinds) is ("then" in name)
+    assert ("üé" in expected.text) is (name == "inside a character")
     watched = watch(make_engine(load_tiny(), **case.engine), request)
     assert_expected(watched.outcome, expected)
     assert_held_back(watched, len(case.prompt), case.num_tokens)
@@ -141,6 +143,28 @@ def test_a_rewind_does_not_reach_what_another_request_reads(oracle, load_tiny, m
         assert_expected(result, expected)
         assert_reads_counted(result, expected, 32)
     assert again.receipt.num_cached_tokens == 16  # the block of its last token is computed
+
+
+def test_a_rewind_leaves_the_block_it_goes_back_into_to_those_who_find_it(oracle, load_tiny, make_engine) -> None:
+    """The first block has become full, and can be found, when the response goes back to before its end."""
+    model, prompt = load_tiny(), PROMPT[:7]
+
+    def request(name: str, guard: Guard, given: tuple[int, ...] = prompt) -> GenerateRequest:
+        return GenerateRequest(name, given, GREEDY, SteeringSpec(BASE[:1], (guard,)))
+
+    tokens = (*prompt, *drive(make_engine(model), [request("free", ASLEEP)])["free", 0].token_ids)
+    _, x = oracle.read(tokens, [0] * len(tokens), num_prompt=len(tokens))
+    guard = fires_at(x, 19, GuardAction.REWIND, rewind=Rewind(9, STRONGER))
+    finding = request("finding", guard, tokens[:18])
+    alone = drive(make_engine(model), [finding])["finding", 0]
+    engine = make_engine(model)
+    rewound = drive(engine, [request("rewound", guard)])["rewound", 0]
+    assert [event.position for event in rewound.guard_events][:1] == [19]
+    assert rewound.receipt.num_rewound_tokens == 9
+    assert rewound.token_ids[:4] == tokens[7:11]
+    found = drive(engine, [finding])["finding", 0]
+    assert found.receipt.num_cached_tokens == 16
+    assert_same(found, alone)
 
 
 def test_each_of_several_responses_is_rewound_by_itself(oracle, load_tiny, make_engine) -> None:

@@ -257,8 +257,8 @@ def test_a_gated_edit_applies_exactly_where_its_score_exceeds_the_threshold(
         feature(6, Op.CLAMP, 9.0, always=True, phase=phase, gate=Gate(target, threshold)),
         Intervention(DirectionTarget(BEFORE, vector[::-1].copy()), Op.SCALE, 2.0),
     )
-    engines = lambda: make_engine(model, [pack], max_num_batched_tokens=max_num_batched_tokens)  # noqa: E731
-    with recording_all(model, [BEFORE, SITE], engines) as ((before, at), engine):
+    config = {"max_num_batched_tokens": max_num_batched_tokens}
+    with recording_all(model, [BEFORE, SITE], lambda: make_engine(model, [pack], **config)) as ((before, at), engine):
         response = drive(engine, [request("r", spec, max_tokens=24, return_activations=True)])["r", 0]
     (x_before, _), (x, changed) = before.row(), at.row()
     rows = feature_rows(engine.catalog, [5, 6, 3, 4])

@@ -174,6 +174,17 @@ def assert_same_written(a: Call, b: Call, rows: range | list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "d_sae"), [(577, 300), (1100, 45)])
+def test_a_row_has_the_same_bits_in_any_batch(level: str, d: int, d_sae: int, dtype: torch.dtype) -> None:
+    call = encode_call(70, d, d_sae, dtype=dtype, w_dtype=dtype)
+    whole = call.run()
+    for num_rows in (1, 2, 5, 16, 17, 33):
+        part = call.replaced(x=call.x[-num_rows:], **vars(unwritten(num_rows, d_sae))).run()
+        for name in ("indices", "values", "count"):
+            assert_same_bits(part.arguments[name], whole.arguments[name][-num_rows:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_may_lie_apart(level: str, dtype: torch.dtype) -> None:
     call = encode_call(3, 45, dtype=dtype)
     surrounding = torch.full((7, 61), torch.nan, dtype=dtype)

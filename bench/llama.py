@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,39 +32,63 @@ def gguf_file(name: str) -> Path:
     return path
 
 
-def check(gguf: Path) -> None:
-    """See in a process of its own whether llama.cpp can run at all: built by g++ 12, its AMX code crashes.
+class LlamaProcess:
+    """A ``Llama`` in a process of its own, from its arguments.
 
-    Raises:
-        RuntimeError: it cannot.
+    In one process with torch it dies: llama.cpp sets up a thread's AMX tiles once and for all, and torch's use of them
+    on the same thread takes them away.
     """
-    trial = subprocess.run([sys.executable, __file__, str(gguf)], stderr=subprocess.PIPE, text=True)
-    if trial.returncode < 0:
-        raise RuntimeError(f"killed by signal {-trial.returncode}; docs/benchmarks.md says how to build it")
-    if trial.returncode > 0:
-        raise RuntimeError(trial.stderr.strip().splitlines()[-1])
+
+    def __init__(self, **arguments: object) -> None:
+        command = [sys.executable, __file__, json.dumps(arguments)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
+        """See ``Llama.generate``.
+
+        Raises:
+            RuntimeError: the process died.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([prompts, num_tokens]), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"llama.cpp ended with exit code {self._process.wait()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 class Llama:
-    """A model and a context for ``batch_size`` sequences of up to ``max_len`` tokens each."""
+    """A model and a context for ``batch_size`` sequences of up to ``max_len`` tokens each.
 
-    def __init__(self, gguf: Path, batch_size: int, max_len: int, num_threads: int) -> None:
+    Args:
+        vector: ``[d]``, what to add to the residual stream behind ``layer``; empty: nothing.
+    """
+
+    def __init__(
+        self, gguf: str, batch_size: int, max_len: int, num_threads: int, vector: Sequence[float] = (), layer: int = 0
+    ) -> None:
         import llama_cpp
 
         self._c = llama_cpp
         self._quiet = llama_cpp.llama_log_callback(lambda level, text, user_data: None)  # C keeps the pointer alone
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
-        self._model = llama_cpp.llama_model_load_from_file(str(gguf).encode(), llama_cpp.llama_model_default_params())
+        self._model = llama_cpp.llama_model_load_from_file(gguf.encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_seq_max = batch_size * max_len, batch_size * max_len, batch_size
         params.n_threads = params.n_threads_batch = num_threads
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._batch = llama_cpp.llama_batch_init(batch_size * max_len, 0, 1)
+        if vector:
+            self._set_control_vector(vector, layer)
 
-    def set_control_vector(self, vector: np.ndarray, layer: int) -> None:
-        """Add ``vector[d]`` to the residual stream behind ``layer``."""
+    def _set_control_vector(self, vector: Sequence[float], layer: int) -> None:
         num_layers = self._c.llama_model_n_layer(self._model)
         data = np.zeros((num_layers, len(vector)), dtype=np.float32)  # the first row is layer 1's: layer 0 has none
         data[layer - 1] = vector
@@ -97,5 +123,12 @@ class Llama:
         return [int(row.argmax()) for row in logits]
 
 
+def serve(arguments: dict[str, Any]) -> None:
+    """What a ``LlamaProcess`` runs: a line of JSON in, a line out."""
+    llama = Llama(**arguments)
+    for line in sys.stdin:
+        print(json.dumps(llama.generate(*json.loads(line))), flush=True)
+
+
 if __name__ == "__main__":
-    Llama(Path(sys.argv[1]), batch_size=1, max_len=8, num_threads=1).generate([[1, 2]], num_tokens=2)
+    serve(json.loads(sys.argv[1]))

@@ -66,10 +66,6 @@ class KVStore:
         for state in self.states:
             state.close()
 
-    def copy_block(self, source: int, target: int) -> None:
-        """Copy a block's positions in every layer."""
-        self.blocks[:, :, target] = self.blocks[:, :, source]
-
 
 class PagedAttention:
     """A model whose layers attend through a ``KVStore``, until ``remove``."""

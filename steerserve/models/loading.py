@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from steerserve.errors import AssetError
 from steerserve.models.families import FamilyAdapter, adapter_for
+from steerserve.models.huge_pages import move_to_huge_pages
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,7 @@ def load_model(path_or_id: str, dtype: torch.dtype) -> LoadedModel:
         raise AssetError(
             f"the weights in {directory} are incomplete; transformers would invent {', '.join(absent[:3])}"
         )
+    move_to_huge_pages(model)
     config = model.config
     return LoadedModel(
         model=model.eval(),

@@ -111,11 +111,13 @@ Outcomes = Mapping[tuple[str, int], Outcome]
 
 
 def outcome(outputs: Sequence[StepOutput]) -> Outcome:
-    """Join a response's outputs; asserts that the last of them, and no other, ends it."""
+    """Join a response's outputs; asserts that the last of them alone ends it, and that no score is missing."""
     *before, last = outputs
     assert all(output.receipt is None and output.finish_reason is None and output.error is None for output in before)
     assert (last.finish_reason is None) is (last.error is not None)
     assert last.receipt is not None
+    positions = [at.position for output in outputs for at in output.scores]
+    assert positions == list(range(len(positions)))
     return Outcome(
         token_ids=tuple(token for output in outputs for token in output.token_ids),
         text="".join(output.text for output in outputs),

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import Outcome, drive, request
-from huggingface_hub import try_to_load_from_cache
 
 from steerserve.models.families import FAMILIES
 from steerserve.models.loading import LoadedModel, load_model
@@ -61,24 +60,6 @@ def test_greedy_equals_generate_alone_and_in_a_changing_batch_of_chunks(family, 
     assert_equals_hf(model, LENGTHS, alone)
     assert_equals_hf(model, LENGTHS, crowded)
     assert len({token for result in alone.values() for token in result.token_ids}) > 10
-
-
-@pytest.fixture(params=["SmolLM2", "Gemma 3"])
-def real_model(request: pytest.FixtureRequest) -> LoadedModel:
-    if request.param == "SmolLM2":
-        return load_model(str(request.getfixturevalue("smollm2_dir")), torch.float32)
-    weights = try_to_load_from_cache("google/gemma-3-270m", "model.safetensors")
-    if not isinstance(weights, str):
-        pytest.skip("google/gemma-3-270m, whose licence must be accepted, is not in the Hugging Face cache")
-    return load_model(str(Path(weights).parent), torch.float32)
-
-
-def test_greedy_equals_generate_on_real_weights(real_model: LoadedModel, make_engine) -> None:
-    lengths = [8, 4, 10, 6, 8]
-    engine = make_engine(real_model, max_num_batched_tokens=7)
-    results = drive(engine, greedy_requests(lengths), [0, 0, 1, 2, 4])
-    engine.close()
-    assert_equals_hf(real_model, lengths, results)
 
 
 def test_messages_are_rendered_through_the_chat_template(smollm2_dir: Path, make_engine) -> None:

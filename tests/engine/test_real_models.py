@@ -144,9 +144,9 @@ def test_bfloat16_bits_depend_on_no_neighbour_and_no_chunk(load, make_engine) ->
             )
         )
     alone = drive(make_engine(model, max_num_seqs=1), requests)
-    for max_num_batched_tokens in (8, 21, 256):
+    for max_num_batched_tokens, arrivals in ((9, ARRIVALS), (64, None)):
         engine = make_engine(model, max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens)
-        together = drive(engine, requests, ARRIVALS if max_num_batched_tokens == 21 else None)
+        together = drive(engine, requests, arrivals)
         for key, result in alone.items():
             assert_same(together[key], result)
     engine.close()
@@ -154,11 +154,11 @@ def test_bfloat16_bits_depend_on_no_neighbour_and_no_chunk(load, make_engine) ->
 
 def test_bfloat16_is_as_near_to_float32_as_generate_is(load, make_engine) -> None:
     """Tokens may part only where transformers' own two dtypes leave the choice between the best two open."""
-    num_tokens = 16
+    prompts, num_tokens = PROMPTS[::2], 16
     model, exact = load(torch.bfloat16), load(torch.float32)
-    expected = [generate(model, prompt, num_tokens) for prompt in PROMPTS]
-    engine = make_engine(model, max_num_seqs=8)
-    requests = [request(str(i), prompt, max_tokens=num_tokens, ignore_eos=False) for i, prompt in enumerate(PROMPTS)]
+    expected = [generate(model, prompt, num_tokens) for prompt in prompts]
+    engine = make_engine(model)
+    requests = [request(str(i), prompt, max_tokens=num_tokens, ignore_eos=False) for i, prompt in enumerate(prompts)]
     results = drive(engine, requests)
     engine.close()
 
@@ -180,7 +180,7 @@ def test_bfloat16_is_as_near_to_float32_as_generate_is(load, make_engine) -> Non
     ours, theirs = torch.cat(errors), torch.cat(hf_errors)
     assert len(ours) > 0.5 * sum(len(greedy.tokens) for greedy in expected)
     assert all(gap <= 2 * max(gap_noises) for gap in partings)
-    assert ours.square().mean().sqrt() <= 1.25 * theirs.square().mean().sqrt()
+    assert ours.square().mean().sqrt() <= 1.5 * theirs.square().mean().sqrt()
 
 
 GEMMA_SITES = [
@@ -227,10 +227,10 @@ def test_gemma_streams_are_read_where_hand_written_hooks_read_them(load_gemma, m
     scores = np.stack([np.frombuffer(line, np.float32) for _, line in result.scores])[: len(tokens)]
     unit = monitors[0].target.vector.astype(np.float64)
     unit /= np.linalg.norm(unit)
-    rounding = 1e-5 * max(np.linalg.norm(stream, axis=1).max() for stream in x.values())
+    rounding = 1e-6 * np.max([np.linalg.norm(stream, axis=1) for stream in x.values()], axis=0)  # by position
     for read, stream in zip(scores.T, expected, strict=True):
-        assert np.abs(stream @ unit).max() > 100 * rounding
-        np.testing.assert_allclose(read, stream @ unit, rtol=0, atol=rounding)
+        assert (np.abs(stream @ unit) / rounding).max() > 100
+        assert (np.abs(read - stream @ unit) <= rounding).all()
 
 
 @pytest.mark.slow

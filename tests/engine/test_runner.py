@@ -107,20 +107,6 @@ def test_logits_are_the_callers(make_runner) -> None:
     assert torch.equal(first, kept)
 
 
-def test_a_copied_block_holds_the_same_positions_and_is_independent(make_runner) -> None:
-    runner = make_runner(random_model("llama"))
-    tokens = random_sequences([12])[0]
-    runner.set_blocks(0, 0, [0, 1])
-    runner.set_blocks(1, 0, [0, 5])
-    runner.forward(tokens[:11], range(11), [0] * 11, [])
-    runner.copy_block(1, 5)
-    expected = runner.forward(tokens[11:], [11], [0], [0])
-    assert torch.equal(runner.forward(tokens[11:], [11], [1], [0]), expected)
-    runner.forward([tokens[10] ^ 1], [10], [1], [])
-    assert torch.equal(runner.forward(tokens[11:], [11], [0], [0]), expected)
-    assert not torch.equal(runner.forward(tokens[11:], [11], [1], [0]), expected)
-
-
 @pytest.mark.parametrize("variant", ONE_PER_FAMILY)
 def test_close_gives_the_model_back_as_it_was(variant, make_runner) -> None:
     model = random_model(variant)

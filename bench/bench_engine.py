@@ -246,7 +246,7 @@ def main() -> None:
     options = parser.parse_args()
     report, loaded = Report(), load()
     for name in options.only:
-        SECTIONS[name](loaded, options.rounds or NUM_ROUNDS[name], options, report)
+        SECTIONS[name](loaded, options.rounds or NUM_ROUNDS.get(name, 1), options, report)
     if options.write:
         report.save()
 

@@ -275,7 +275,8 @@ def _config(config_type: type[ConfigT], **values: object) -> ConfigT:
         return config_type(**values)
     except ValidationError as error:
         problem = error.errors()[0]
-        option = "--" + str(problem["loc"][0]).replace("_", "-")
+        field = str(problem["loc"][0])
+        option = "--" + {"sites": "site", "packs": "pack", "saes": "sae"}.get(field, field).replace("_", "-")
         raise InvalidRequestError(
             option, problem["input"], problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         ) from None

@@ -115,7 +115,7 @@ class Phase(StrEnum):
     """Which positions an intervention covers.
 
     The first generated token is sampled at the last *prompt* position; ``GENERATED`` therefore
-    leaves it unsteered. Guards use ``ALL``.
+    leaves it unsteered. Policies use ``ALL``.
     """
 
     ALL = "all"
@@ -182,7 +182,7 @@ class GuardAction(StrEnum):
     """What follows when a guard's score exceeds its threshold."""
 
     FLAG = "flag"
-    """The verdict says so; the response goes on."""
+    """A ``GuardEvent`` says so; the response goes on."""
     REWIND = "rewind"
     """The last tokens are taken back and generated again under stronger edits."""
     BLOCK = "block"

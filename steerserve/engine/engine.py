@@ -7,7 +7,6 @@ judged by the guards and counted for the receipts before a token is drawn or rel
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
@@ -21,7 +20,7 @@ import torch
 from steerserve.config import EngineConfig
 from steerserve.engine.blocks import Block, BlockPool
 from steerserve.engine.detokenizer import Detokenizer
-from steerserve.engine.entries import most_entries
+from steerserve.engine.entries import PlanEntries, most_entries
 from steerserve.engine.feature_bank import FeatureBank
 from steerserve.engine.flat_batch import FlatBatch
 from steerserve.engine.guards import Judgement
@@ -45,11 +44,17 @@ from steerserve.steering.compiler import compile_plan
 from steerserve.steering.plan import Plan
 from steerserve.types import FinishReason, GenerateRequest, GuardAction, Site, StepOutput
 
+MAX_SCORES = 2**24
+"""That one request may have reported, at 4 bytes each."""
+
 
 class Engine:
     """Serves many requests at once, each with its own steering.
 
     ``add_request``, ``abort`` and ``has_unfinished`` may be called from any thread; ``step`` from one.
+
+    Attributes:
+        sites: those that can be steered.
     """
 
     def __init__(
@@ -64,8 +69,8 @@ class Engine:
         self.catalog = catalog
         self.config = config
         self._clock = clock
-        self._sites = _sites(model, catalog, config)
-        self._runner = ModelRunner(model, config, self._sites)
+        self.sites = frozenset(_sites(model, catalog, config))
+        self._runner = ModelRunner(model, config, sorted(self.sites))
         self._bank = FeatureBank(config.bank_capacity, model.d_model)
         splicer = self._runner.splicer
         self._readings = Readings(StepTables(splicer.buffers, splicer.scores, self._bank), self._cache_blocks)
@@ -77,14 +82,14 @@ class Engine:
             max_model_len=config.max_model_len,
             prefix_caching=config.enable_prefix_caching,
         )
-        self._arrivals = itertools.count()
+        self._num_arrivals = 0
         self._lock = threading.Lock()  # guards the three below and the bank's bookkeeping
         self._incoming: deque[Sequence] = deque()
         self._unfinished: dict[str, int] = {}  # responses that are still to end
         self._aborted: set[str] = set()
 
     def warm_up(self) -> float:
-        """Run the model once, and compile it if it is to be; seconds it took."""
+        """Run the model once, and compile it if it is to be, before the first request; seconds it took."""
         return self._runner.warm_up()
 
     def add_request(self, request: GenerateRequest) -> None:
@@ -97,17 +102,30 @@ class Engine:
         """
         prompt = encode_prompt(request, self.model, self.config.max_model_len)
         check_token_ids(request.sampling, self.model.vocab_size)
-        plan = compile_plan(request.steering, request.policies, self.catalog)
-        self._check_plan(plan)
+        plan = compile_plan(request.steering, request.policies, self.catalog, self.sites)
+        if len(plan.scores) > SCORES_PER_TOKEN:
+            expected = f"at most {SCORES_PER_TOKEN} gates and guards, equal gates counted once"
+            raise InvalidRequestError("steering.guards", f"{len(plan.scores)} gates and guards", expected)
+        self._scheduler.check_entries(most_entries(plan))
+        _check_report(request, len(prompt), plan)
         with self._lock:
             if request.request_id in self._unfinished:
                 raise InvalidRequestError("request_id", request.request_id, "an id that no unfinished request has")
-            if self.num_waiting >= self.config.max_waiting:
-                raise CapacityError(f"the queue is full: {self.config.max_waiting} requests are waiting")
-            first, *siblings = self._sequences(request, prompt, plan)
-            first.siblings = siblings
-            self._incoming.append(first)
+            if sum(self._unfinished.values()) - self.num_running >= self.config.max_waiting:
+                raise CapacityError(f"the queue is full: {self.config.max_waiting} responses are waiting")
+            entries = PlanEntries(plan, self._bank.acquire(plan))
             self._unfinished[request.request_id] = request.sampling.n
+            arrival, self._num_arrivals = self._num_arrivals, self._num_arrivals + request.sampling.n
+        try:
+            sequence = self._sequence(request, 0, prompt, entries, arrival, self._deadline(request))
+            sequence.num_to_launch = request.sampling.n - 1
+        except BaseException:
+            with self._lock:
+                self._bank.release(plan)
+                del self._unfinished[request.request_id]
+            raise
+        with self._lock:
+            self._incoming.append(sequence)
 
     def abort(self, request_id: str) -> None:
         """End a request at the next step, which returns its last outputs; unknown ids are ignored."""
@@ -136,7 +154,10 @@ class Engine:
 
     @property
     def memory(self) -> dict[str, int]:
-        """Bytes that were allocated for weights, KV cache and plans."""
+        """Bytes that were allocated for weights, KV cache and plans.
+
+        What detectors read is kept with cached blocks, and takes at most as much again as the KV cache.
+        """
         weights = {parameter.data_ptr(): parameter.nbytes for parameter in self.model.model.parameters()}
         return {
             "weights": sum(weights.values()),
@@ -159,43 +180,32 @@ class Engine:
 
     # Admission.
 
-    def _sequences(self, request: GenerateRequest, prompt: Items[int], plan: Plan) -> list[Sequence]:
-        """The responses of a request, each with its own hold on the plan's features."""
-        slots = [self._bank.acquire(plan)]
-        try:
-            slots += [self._bank.acquire(plan) for _ in range(1, request.sampling.n)]
-            root_key = sha256(f"{self.model.fingerprint} {request.cache_salt}".encode()).digest()
-            deadline = None if request.timeout_s is None else self._clock() + request.timeout_s
-            return [
-                Sequence(
-                    request,
-                    index,
-                    prompt,
-                    plan,
-                    held,
-                    Detokenizer(self.model.tokenizer, prompt),
-                    root_key=root_key,
-                    block_size=self.config.block_size,
-                    arrival=next(self._arrivals),
-                    deadline=deadline,
-                )
-                for index, held in enumerate(slots)
-            ]
-        except SteerserveError:
-            for _ in slots:
-                self._bank.release(plan)
-            raise
+    def _sequence(
+        self,
+        request: GenerateRequest,
+        index: int,
+        prompt: Items[int],
+        entries: PlanEntries,
+        arrival: int,
+        deadline: float | None,
+    ) -> Sequence:
+        kv_bytes = self._runner.kv_store.num_bytes // (self.config.num_blocks * self.config.block_size)
+        return Sequence(
+            request,
+            index,
+            prompt,
+            entries,
+            Detokenizer(self.model.tokenizer, prompt),
+            root_key=sha256(f"{self.model.fingerprint} {request.cache_salt}".encode()).digest(),
+            block_size=self.config.block_size,
+            arrival=arrival,
+            deadline=deadline,
+            # A cached block keeps the records of its positions: never more than the block itself takes.
+            is_cacheable=self.config.enable_prefix_caching and entries.record_bytes <= kv_bytes,
+        )
 
-    def _check_plan(self, plan: Plan) -> None:
-        """Refuse what the buffers of a step have no place for."""
-        if len(plan.scores) > SCORES_PER_TOKEN:
-            expected = f"at most {SCORES_PER_TOKEN} gates and guards"
-            raise InvalidRequestError("steering", f"{len(plan.scores)} gates and guards", expected)
-        for part in (part for level in plan.levels for part in level):
-            if part.site not in self._sites:
-                expected = f"one of engine.sites: {', '.join(map(str, self._sites)) or 'none'}"
-                raise IncompatibleError("steering", str(part.site), expected)
-        self._scheduler.check_entries(most_entries(plan))
+    def _deadline(self, request: GenerateRequest) -> float | None:
+        return None if request.timeout_s is None else self._clock() + request.timeout_s
 
     def _end_early(self) -> list[StepOutput]:
         """Take in what was added; end what was aborted or is out of time."""
@@ -275,7 +285,18 @@ class Engine:
 
     def _launch_siblings(self, sequence: Sequence) -> list[Sequence]:
         """Queue the request's other responses: the prompt is computed, they find it in the prefix cache."""
-        siblings, sequence.siblings = sequence.siblings, []
+        siblings = [
+            self._sequence(
+                sequence.request,
+                index,
+                sequence.token_ids[: sequence.num_prompt_tokens],
+                sequence.entries,
+                sequence.arrival + index,
+                sequence.deadline,
+            )
+            for index in range(1, sequence.num_to_launch + 1)
+        ]
+        sequence.num_to_launch = 0
         for sibling in siblings:
             self._scheduler.add(sibling)
         return siblings
@@ -327,11 +348,11 @@ class Engine:
         released = self._released(sequence) if is_complete else []
         self._scheduler.remove(sequence)
         with self._lock:
-            self._bank.release(sequence.plan)
             self._unfinished[sequence.request_id] -= 1
             if not self._unfinished[sequence.request_id]:
                 del self._unfinished[sequence.request_id]
                 self._aborted.discard(sequence.request_id)
+                self._bank.release(sequence.plan)
         last = released[0] if released else StepOutput(sequence.request_id, (), "", index=sequence.index)
         return [
             replace(
@@ -349,7 +370,7 @@ class Engine:
 
     def _cache_blocks(self, sequence: Sequence) -> None:
         """Let others find the blocks that have become full."""
-        if not self.config.enable_prefix_caching:
+        if not sequence.is_cacheable:
             return
         num_full = sequence.num_computed // self.config.block_size
         for index in range(sequence.num_blocks_cached, num_full):
@@ -375,8 +396,18 @@ def _sites(model: LoadedModel, catalog: Catalog, config: EngineConfig) -> list[S
     return model.adapter.sites(model.model)
 
 
+def _check_report(request: GenerateRequest, num_prompt_tokens: int, plan: Plan) -> None:
+    """Refuse to collect more scores than a client can take."""
+    sampling = request.sampling
+    num_scores = sampling.n * (num_prompt_tokens + sampling.max_tokens) * len(plan.interventions)
+    if request.return_activations and num_scores > MAX_SCORES:
+        expected = f"at most {MAX_SCORES} scores: n x tokens x interventions"
+        raise InvalidRequestError("return_activations", f"{num_scores} scores", expected)
+
+
 def _not_finite(sequence: Sequence) -> Exception:
-    if sequence.request.steering.interventions:
+    steering = sequence.request.steering
+    if steering.interventions or any(guard.rewind for guard in steering.guards):
         expected = "edits that leave the model's output finite"
         return InvalidRequestError("steering.interventions", "non-finite logits", expected)
     return SteerserveError("the model's logits are not finite")

@@ -80,6 +80,31 @@ class Entries:
         return len(self.threshold)
 
 
+class PlanEntries:
+    """The entries of one request's plan, made when they first come into force; its responses share them.
+
+    Args:
+        slots: for each level and each ``SitePlan`` of it, the bank slots of its rows.
+    """
+
+    def __init__(self, plan: Plan, slots: Sequence[Sequence[IntArray]]) -> None:
+        self.plan = plan
+        self._slots = slots
+        self._made: dict[tuple[int, Phase], Entries] = {}
+
+    def in_force(self, level: int, phase: Phase) -> Entries:
+        """What a position of ``phase`` (``PROMPT`` or ``GENERATED``) asks for after ``level`` rewinds."""
+        if (level, phase) not in self._made:
+            self._made[level, phase] = entries_in_force(self.plan, level, phase, self._slots[level])
+        return self._made[level, phase]
+
+    @property
+    def record_bytes(self) -> int:
+        """Most memory that the record of a position takes."""
+        sizes = [sum(8 * len(part.row) + 4 * len(Stage) for part in level) for level in self.plan.levels]
+        return max(sizes) + 4 * len(self.plan.scores)
+
+
 def most_entries(plan: Plan) -> int:
     """Most entries that a token ever has at one site."""
     counts: Counter[tuple[int, Site]] = Counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from steerserve.engine.entries import Entries
 from steerserve.engine.sequence import Sequence
 from steerserve.errors import DetectorError
+from steerserve.steering.plan import PlannedGuard
 from steerserve.types import FloatArray, GuardAction, GuardEvent
 
 UNREADABLE = "could not read its activation: not finite, or pushed beyond its SAE's norm by the request"
@@ -31,18 +33,20 @@ class Judgement:
 def judge(sequence: Sequence, entries: Entries, start: int, score: FloatArray) -> Judgement | None:
     """Compare the scores ``[n, G]`` of the positions from ``start`` with the guards' thresholds.
 
-    Every guard that fires is noted in the sequence's events.
+    Every guard that fires is noted in the sequence's events, up to the first position that decides: there a guard
+    that could not read comes before one that blocks, and that before one that rewinds.
 
     Returns:
-        The first decision that keeps the response from going on; None if nothing does.
+        What keeps the response from going on; None if nothing does.
     """
     if not entries.guards:
         return None
     guards, columns = zip(*entries.guards, strict=True)
     read = score[:, columns]
     fires = (read > entries.threshold[list(columns)]) | ~np.isfinite(read)
-    for offset, place in np.argwhere(fires).tolist():
-        decision = _decide(sequence, guards[place], start + offset, float(read[offset, place]))
+    for offset in np.flatnonzero(fires.any(axis=1)).tolist():
+        fired = {guards[place]: float(read[offset, place]) for place in np.flatnonzero(fires[offset]).tolist()}
+        decision = _decide(sequence, start + offset, fired)
         if decision is not None:
             return decision
     return None
@@ -55,23 +59,33 @@ def detector_failed(sequence: Sequence, position: int) -> Judgement:
     return Judgement(error, position=position)
 
 
-def _decide(sequence: Sequence, index: int, position: int, score: float) -> Judgement | None:
-    guard = sequence.plan.guards[index]
-    if not np.isfinite(score):
-        if guard.fail_open:
-            sequence.guard_events.append(GuardEvent(index, GuardAction.FLAG, position, score))
-            return None
-        error = DetectorError(f"{guard.label} could not read position {position}: not finite")
+def _decide(sequence: Sequence, position: int, fired: Mapping[int, float]) -> Judgement | None:
+    """What follows from the guards that fired on one position, by index with their scores."""
+    guards = sequence.plan.guards
+    unread = [index for index, score in fired.items() if not np.isfinite(score) and not guards[index].fail_open]
+    if unread:
+        error = DetectorError(f"{guards[unread[0]].label} could not read position {position}: not finite")
         return Judgement(error, position=position)
-    action = guard.action
-    if guard.rewind is not None and not _can_rewind(sequence, guard.rewind.max_retries, position):
-        action = guard.rewind.otherwise
-    sequence.guard_events.append(GuardEvent(index, action, position, score))
-    if action is GuardAction.FLAG:
-        return None
-    num_tokens = guard.rewind.num_tokens if action is GuardAction.REWIND and guard.rewind else 0
-    return Judgement(action=action, position=position, rewind_tokens=num_tokens)
+    actions = {index: _action(sequence, guards[index], position, score) for index, score in fired.items()}
+    blocks = GuardAction.BLOCK in actions.values()
+    for index, action in actions.items():
+        taken = GuardAction.BLOCK if blocks and action is GuardAction.REWIND else action
+        sequence.guard_events.append(GuardEvent(index, taken, position, fired[index]))
+    if blocks:
+        return Judgement(action=GuardAction.BLOCK, position=position)
+    for index, action in actions.items():
+        rewind = guards[index].rewind
+        if action is GuardAction.REWIND and rewind is not None:
+            return Judgement(action=action, position=position, rewind_tokens=rewind.num_tokens)
+    return None
 
 
-def _can_rewind(sequence: Sequence, max_retries: int, position: int) -> bool:
-    return position >= sequence.num_prompt_tokens and sequence.num_rewinds < max_retries
+def _action(sequence: Sequence, guard: PlannedGuard, position: int, score: float) -> GuardAction:
+    if not np.isfinite(score):
+        return GuardAction.FLAG
+    if guard.rewind is None:
+        return guard.action
+    # A token that was released, or the prompt, can not be taken back.
+    has_retries = sequence.num_rewinds < guard.rewind.max_retries
+    can_rewind = has_retries and sequence.held and position >= sequence.num_prompt_tokens
+    return GuardAction.REWIND if can_rewind else guard.rewind.otherwise

@@ -74,12 +74,14 @@ class ModelRunner:
         self._is_warm = False
 
     def warm_up(self) -> float:
-        """Run passes of every kind, before the first request; compiles the model if so configured.
+        """Run passes of every kind, before the first request; compiles the model if so configured. Once is enough.
 
         Returns:
             Seconds it took.
         """
         started = time.perf_counter()
+        if self._is_warm:
+            return 0.0
         if self._compile:
             self.splicer.install()
             decoder = self._model.get_decoder()
@@ -89,7 +91,7 @@ class ModelRunner:
             self._undo.callback(setattr, decoder, "_compiled_call_impl", None)
         for num_tokens in sorted({1, min(2, self._logits_at.numel()), self._logits_at.numel()}):
             nothing = [0] * num_tokens
-            self.forward(nothing, nothing, nothing, logits_at=[0])
+            self._forward(nothing, nothing, nothing, logits_at=[0])
         self._is_warm = True
         return time.perf_counter() - started
 
@@ -105,6 +107,16 @@ class ModelRunner:
         The tokens of one row stand at consecutive positions, behind what the row holds already. What they follow
         in the batch may be any tokens of other rows.
         """
+        assert self._is_warm or not self._compile, "warm_up compiles the model, and comes first"
+        return self._forward(token_ids, positions, rows, logits_at)
+
+    def close(self) -> None:
+        """Give the model back as it was; a second time changes nothing."""
+        self._undo.close()
+
+    def _forward(
+        self, token_ids: Sequence[int], positions: Sequence[int], rows: Sequence[int], logits_at: Sequence[int]
+    ) -> torch.Tensor:
         num_tokens = len(token_ids)
         self._input_ids.numpy()[0, :num_tokens] = token_ids
         self._position_ids.numpy()[0, :num_tokens] = positions
@@ -121,10 +133,6 @@ class ModelRunner:
             )
             logits: torch.Tensor = output.logits[0].float()
         return logits
-
-    def close(self) -> None:
-        """Give the model back as it was; a second time changes nothing."""
-        self._undo.close()
 
     def _inputs_of(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs cut to size, each made once: what the compiler is told about a size is told about the tensor."""

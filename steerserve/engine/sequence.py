@@ -10,11 +10,10 @@ from typing import Any
 
 from steerserve.engine.blocks import Block, PrefixKeys
 from steerserve.engine.detokenizer import Detokenizer, StopStrings
-from steerserve.engine.entries import Entries, entries_in_force, most_entries
+from steerserve.engine.entries import Entries, PlanEntries, most_entries
 from steerserve.engine.receipt import Tally
 from steerserve.engine.records import Record, joined
 from steerserve.engine.sampler import DrawnToken, RowSampler
-from steerserve.steering.plan import IntArray, Plan
 from steerserve.types import (
     FinishReason,
     FloatArray,
@@ -57,7 +56,8 @@ class Sequence:
         entries_per_token: most steering entries that one of its tokens ever needs at one site.
         held: tokens that are not released, the last ones of ``token_ids``.
         finish_reason, stop_reason: why the response ends with its last token, once it does.
-        siblings: the request's other responses, until its prompt is computed.
+        num_to_launch: the request's other responses, which begin when its prompt is computed.
+        is_cacheable: its blocks may be offered to the prefix cache and taken from it.
     """
 
     def __init__(
@@ -65,37 +65,39 @@ class Sequence:
         request: GenerateRequest,
         index: int,
         prompt: Items[int],
-        plan: Plan,
-        slots: Items[Items[IntArray]],
+        entries: PlanEntries,
         detokenizer: Detokenizer,
         root_key: bytes,
         block_size: int,
         arrival: int,
         deadline: float | None,
+        is_cacheable: bool,
     ) -> None:
         self.request = request
         self.index = index
         self.arrival = arrival
         self.deadline = deadline
-        self.plan = plan
+        self.plan = entries.plan
+        self.entries = entries
+        self.root_key = root_key
+        self.is_cacheable = is_cacheable
+        self.num_to_launch = 0
         self.token_ids = list(prompt)
         self.num_prompt_tokens = len(prompt)
         self.num_computed = self.num_read = self.num_cached_tokens = 0
         self.blocks: list[Block] = []
         self.row: int | None = None
         self.num_blocks_placed = self.num_blocks_cached = 0
-        self.entries_per_token = most_entries(plan)
-        self.tally = Tally(plan)
+        self.entries_per_token = most_entries(entries.plan)
+        self.tally = Tally(entries.plan)
         self.detokenizer = detokenizer
         self.stop_strings = StopStrings(request.sampling.stop, request.sampling.include_stop_str_in_output)
         self.sampler = RowSampler(request.sampling, prompt, index)
         self.held: deque[HeldToken] = deque()
         self.finish_reason: FinishReason | None = None
         self.stop_reason: StopReason | None = None
-        self.siblings: list[Sequence] = []
         self.guard_events: list[GuardEvent] = []
         self.num_rewinds = self.num_rewound_tokens = 0
-        self._slots = slots
         self._spans: list[tuple[int, Entries]] = []
         self._digests: list[tuple[int, bytes]] = []
         self._add_spans(0)
@@ -128,7 +130,7 @@ class Sequence:
     @property
     def max_cached(self) -> int:
         """The last token is always computed: the next one is drawn from its logits."""
-        return self.num_tokens - 1
+        return self.num_tokens - 1 if self.is_cacheable else 0
 
     @property
     def reads_last_token(self) -> bool:
@@ -168,7 +170,7 @@ class Sequence:
 
     def keep(self, start: int, entries: Entries, record: Record) -> None:
         """Remember what the kernel left at positions from ``start``, for the blocks they will fill."""
-        if entries.at:
+        if entries.at and self.is_cacheable:
             self._history.append((start, entries, record))
 
     def block_record(self, index: int) -> BlockRecord | None:
@@ -271,9 +273,7 @@ class Sequence:
     def _add_spans(self, start: int) -> None:
         """What is in force from ``start`` on, at the level of the rewinds so far."""
         level = self.num_rewinds
-        prompt, generated = (
-            entries_in_force(self.plan, level, phase, self._slots[level]) for phase in (Phase.PROMPT, Phase.GENERATED)
-        )
+        prompt, generated = (self.entries.in_force(level, phase) for phase in (Phase.PROMPT, Phase.GENERATED))
         spans = [(start, prompt)] if start < self.num_prompt_tokens else []
         for begin, entries in [*spans, (max(start, self.num_prompt_tokens), generated)]:
             # Cut only where the digest changes: requests that share a block must cut its records alike.

@@ -45,11 +45,6 @@ class StepTables:
         for table in self._active.values():
             table.fill(self._layout, self._first_token, self._first_score)
 
-    @property
-    def active(self) -> Sequence[Site]:
-        """Sites at which some piece asks for something."""
-        return list(self._active)
-
     def score(self, piece: int) -> FloatArray:
         """``[tokens, G]`` scores of a piece; to be read before the next step."""
         begin, end = self._first_score[piece : piece + 2]
@@ -68,10 +63,6 @@ class StepTables:
     def outputs(self, site: Site, num_pieces: int) -> tuple[FloatArray, FloatArray, FloatArray]:
         """``activation``, ``edit`` ``[nnz]``, ``x_norm`` ``[tokens*stages]`` of the pieces in front at one site."""
         return self._active[site].outputs(num_pieces, self._first_token[num_pieces])
-
-    def first_score(self, piece: int) -> int:
-        """Where a piece's scores begin."""
-        return self._first_score[piece]
 
     def _place(self, layout: Layout) -> None:
         self._layout = list(layout)

@@ -139,14 +139,14 @@ def _built_in_saes(model: LoadedModel) -> list[str]:
 
 
 async def _warm_up(engine_loop: EngineLoop) -> None:
-    """One short response under every policy: allocations and first-call costs happen before SERVING."""
+    """One short response under every policy that can act: allocations and first-call costs happen before SERVING."""
     engine = engine_loop.engine
     num_tokens = min(2, engine.config.max_model_len - 1)
     request = GenerateRequest(
         request_id="warm-up",
         prompt=(0,),
         sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True),
-        policies=tuple(pack.tag for pack in engine.catalog.packs.values()),
+        policies=tuple(pack.tag for pack in engine.catalog.packs.values() if pack.site in engine.sites),
     )
     async with engine_loop.open(request) as outputs:
         async for _ in outputs:

@@ -19,7 +19,6 @@ from steerserve.types import (
     Site,
     StepOutput,
     StopReason,
-    Stream,
     TokenLogprobs,
 )
 from steerserve.v1 import generation_pb2, receipt_pb2
@@ -120,7 +119,7 @@ def model_info_to_proto(engine: Engine) -> generation_pb2.GetModelInfoResponse:
         d_model=model.d_model,
         n_layers=model.n_layers,
         max_model_len=engine.config.max_model_len,
-        sites=[str(Site(layer, stream)) for layer in range(model.n_layers) for stream in Stream],
+        sites=[str(site) for site in sorted(engine.sites)],
         saes=[
             generation_pb2.SaeInfo(name=sae.name, site=str(sae.site), d_sae=sae.d_sae, sha256=sae.sha256)
             for sae in catalog.saes.values()

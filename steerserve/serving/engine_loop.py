@@ -68,8 +68,10 @@ class EngineLoop:
         # A name of its own for each: the last output of an aborted request must not reach the next user of its id.
         engine_id = f"{request.request_id}#{next(self._serial)}"
         queue = self._queues[engine_id] = asyncio.Queue()
+        is_admitted = False
         try:
             await self._event_loop.run_in_executor(self._admission, self._admit, replace(request, request_id=engine_id))
+            is_admitted = True
             yield _outputs(queue, request)
         finally:
             del self._queues[engine_id]
@@ -77,7 +79,9 @@ class EngineLoop:
             if not self._queues:
                 self._idle.set()
             # Harmless after the last output, needed on every other way out.
-            if not self._stopping:
+            if is_admitted:
+                self._abort(engine_id)
+            elif not self._stopping:
                 self._admission.submit(self._abort, engine_id)
 
     async def drain(self, timeout_s: float) -> None:

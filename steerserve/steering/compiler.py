@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from steerserve.errors import InvalidRequestError
+from steerserve.errors import IncompatibleError, InvalidRequestError
 from steerserve.kernels.steer_delta import OpCode
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.edits import (
+    REQUEST,
     Detector,
     DetectorKey,
     Edit,
@@ -37,18 +38,24 @@ from steerserve.steering.plan import (
 from steerserve.steering.targets import Identity, gather_rows
 from steerserve.types import FloatArray, Guard, Op, Site, SteeringSpec
 
+MAX_FEATURES = 8192
+"""Of one plan: it is compiled in one piece while others wait."""
+
 Place = tuple[Site, Stage]
 NumberedEdit = tuple[int, Edit]
 """An edit and its index in ``Plan.interventions``."""
 
 
-def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog) -> Plan:
+def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog, sites: Set[Site] | None = None) -> Plan:
     """Compile for the catalog's model; an empty spec without policies gives the empty plan.
+
+    Args:
+        sites: those that can be steered; None: all.
 
     Raises:
         InvalidRequestError: unknown names, bad values, a feature edited twice in one stage, a gate behind its edit,
-            an edit behind a policy, or a second guard that rewinds.
-        IncompatibleError: a site or a vector that does not fit the model.
+            an edit behind a policy, a second guard that rewinds, or too many features.
+        IncompatibleError: a site or a vector that does not fit the model, or a site that can not be steered.
     """
     asked = [
         compile_intervention(intervention, f"steering.interventions[{index}]", catalog)
@@ -65,6 +72,8 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog) 
     monitors = [replace(monitor, score=index) for index, monitor in enumerate([*gates.values(), *guards])]
     kept = [*_gated(asked, gates), *monitors]
     edits = [*kept, *_gated(rewound, gates), *bound]
+    _refuse_other_sites(edits, sites)
+    _refuse_large_plan(edits)
     plan = Plan(
         interventions=tuple(_planned(edit) for edit in edits),
         levels=_levels(edits, range(len(kept), len(kept) + len(rewound)), max_retries),
@@ -120,6 +129,21 @@ def _refuse_edits_behind_policies(edits: Iterable[Edit], policies: Sequence[Edit
             if edit.op is not Op.MONITOR and policy.target.site < edit.target.site:
                 expected = f"a site not behind {policy.target.site}, where {policy.source} acts, or no such policy"
                 raise InvalidRequestError(f"{edit.field}.target", str(edit.target.site), expected)
+
+
+def _refuse_other_sites(edits: Iterable[Edit], sites: Set[Site] | None) -> None:
+    for edit in edits:
+        if sites is not None and edit.target.site not in sites:
+            field = f"{edit.field}.target" if edit.source == REQUEST else edit.field
+            expected = f"a site that this server steers: {', '.join(map(str, sorted(sites))) or 'none'}"
+            raise IncompatibleError(field, str(edit.target.site), expected)
+
+
+def _refuse_large_plan(edits: Iterable[Edit]) -> None:
+    num_features = sum(len(edit.target.keys) for edit in edits)
+    if num_features > MAX_FEATURES:
+        expected = f"at most {MAX_FEATURES} in all, each feature of a concept counted for each time it is named"
+        raise InvalidRequestError("steering", f"{num_features} features", expected)
 
 
 def _gates(edits: Iterable[Edit]) -> dict[DetectorKey, Edit]:

@@ -141,6 +141,7 @@ class Oracle:
     def _judge(self, guards, x, unread, num_prompt, result) -> tuple[np.ndarray, GuardEvent | None]:
         score = np.stack([x @ (guard.target.vector / np.linalg.norm(guard.target.vector)) for guard in guards], axis=1)
         for position in unread:
+            fired: list[GuardEvent] = []
             for index, guard in enumerate(guards):
                 is_prompt = position < num_prompt
                 if guard.phase not in (Phase.ALL, Phase.PROMPT if is_prompt else Phase.GENERATED):
@@ -150,10 +151,12 @@ class Oracle:
                     action = guard.action
                     if guard.rewind and (is_prompt or result.num_rewinds == guard.rewind.max_retries):
                         action = guard.rewind.otherwise
-                    event = GuardEvent(index, action, position, score[position, index])
-                    result.events.append(event)
-                    if action is not GuardAction.FLAG:
-                        return score, event
+                    fired.append(GuardEvent(index, action, position, score[position, index]))
+            result.events += fired
+            decisive = [event for event in fired if event.action is not GuardAction.FLAG]
+            assert len(decisive) < 2, "the oracle does not rank decisions"
+            if decisive:
+                return score, decisive[0]
         return score, None
 
     def _finish(self, response: list[int], sampling: SamplingParams, result: Expected) -> None:

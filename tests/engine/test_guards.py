@@ -12,6 +12,7 @@ from guard_oracle import (
     ASLEEP,
     BASE,
     BEHIND,
+    GREEDY,
     PENALISED,
     PROMPT,
     SITE,
@@ -32,6 +33,7 @@ from steerserve.types import (
     DirectionTarget,
     FeatureTarget,
     FinishReason,
+    GenerateRequest,
     Guard,
     GuardAction,
     Intervention,
@@ -95,7 +97,7 @@ def test_block_in_the_response_releases_nothing_from_its_position_on(index, orac
 
 
 def test_guards_of_one_request_fire_in_their_order_at_each_position(oracle, load_tiny, make_engine) -> None:
-    """One of the two that flag fires at every position, up to that of the third."""
+    """One of the two that flag fires at every position, up to and at that of the third."""
     x, num_prompt = activations_behind(oracle, guarded(ASLEEP)), len(PROMPT)
     half = fires_at_half(x, GuardAction.FLAG)
     other = Guard(DirectionTarget(BEHIND, -half.target.vector), -half.threshold, GuardAction.FLAG)
@@ -184,3 +186,20 @@ def test_an_early_end_shows_nothing_that_was_not_released(
     assert last.finish_reason is (FinishReason.ABORT if ended_by == "abort" else None)
     assert isinstance(last.error, ServiceError) is (ended_by == "deadline")
     assert_idle(engine)
+
+
+def test_a_block_comes_before_a_rewind_on_the_same_token(load_tiny, make_engine) -> None:
+    """In whatever order the request names them."""
+    line = ASLEEP.target
+    again = Rewind(2, (Intervention(line, Op.ADD, 1.0),))
+    rewinding = Guard(line, -1e6, GuardAction.REWIND, again, phase=Phase.GENERATED)
+    blocking = Guard(line, -1e6, GuardAction.BLOCK, phase=Phase.GENERATED)
+    for guards in ((rewinding, blocking), (blocking, rewinding)):
+        asked = GenerateRequest("r", PROMPT, GREEDY, SteeringSpec(guards=guards))
+        result = drive(make_engine(load_tiny()), [asked])["r", 0]
+        assert result.finish_reason is FinishReason.BLOCKED
+        assert result.token_ids == ()
+        assert [(event.guard, event.action) for event in result.guard_events] == [
+            (0, GuardAction.BLOCK),
+            (1, GuardAction.BLOCK),
+        ]

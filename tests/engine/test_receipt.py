@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from steerserve.engine.entries import PlanEntries
 from steerserve.engine.feature_bank import FeatureBank
 from steerserve.engine.flat_batch import FlatBatch
 from steerserve.engine.readings import Readings
@@ -159,8 +160,18 @@ class Request:
         asked = GenerateRequest("r", (0,), SamplingParams(max_tokens=1000), SteeringSpec(**spec))
         self.plan: Plan = compile_plan(asked.steering, policies, catalog)
         prompt = [0] * int(rng.integers(1, 20))
+        entries = PlanEntries(self.plan, bank.acquire(self.plan))
         self.sequence = Sequence(
-            asked, 0, prompt, self.plan, bank.acquire(self.plan), Silent(), bytes(32), BLOCK_SIZE, row, None
+            asked,
+            0,
+            prompt,
+            entries,
+            Silent(),
+            root_key=bytes(32),
+            block_size=BLOCK_SIZE,
+            arrival=row,
+            deadline=None,
+            is_cacheable=True,
         )
         self.sequence.row = row
         self.level = [0] * len(prompt)

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 
 import pytest
-from engine_runs import GREEDY, assert_idle, direction, drive, feature, guard, monitor, outcomes, request, spec
+from engine_runs import GREEDY, assert_idle, direction, drive, feature, guard, line, monitor, outcomes, request, spec
 
 from steerserve.errors import CapacityError, IncompatibleError, InvalidRequestError, ServiceError
 from steerserve.types import (
@@ -56,14 +56,36 @@ def test_bad_prompts_are_refused_by_field(prompt, sampling, field, expected, loa
 
 def test_plans_without_room_in_a_step_are_refused(load_tiny, make_engine) -> None:
     engine = make_engine(load_tiny(), sites=("blocks.1.hook_resid_post",), max_step_entries=3)
-    with pytest.raises(IncompatibleError, match=r"engine\.sites"):
+    with pytest.raises(IncompatibleError, match=r"interventions\[0\]\.target: got 'blocks\.0\..*expected a site that"):
         engine.add_request(request("r", "x", spec(direction())))
+    with pytest.raises(IncompatibleError, match=r"guards\[0\]\.target"):
+        engine.add_request(request("r", "x", spec(guards=[guard(line())])))
     with pytest.raises(IncompatibleError, match="at most 3"):
         engine.add_request(request("r", "x", spec(*(feature(index) for index in range(1, 5)))))
     with pytest.raises(InvalidRequestError, match="at most 16 gates and guards"):
         engine.add_request(request("r", "x", spec(guards=[guard(3, threshold=index) for index in range(17)])))
     assert_idle(engine)
     assert drive(engine, [request("r", "x", spec(feature(1), feature(2), feature(3)))])["r", 0].receipt.steered
+
+
+def test_what_would_fill_the_memory_is_refused_at_admission(load_tiny, make_engine) -> None:
+    engine = make_engine(load_tiny())
+    many = spec(*[monitor(1)] * 4096)
+    with pytest.raises(InvalidRequestError, match="at most 8192"):
+        engine.add_request(request("r", "x", spec(*[monitor(1)] * 8193)))
+    with pytest.raises(InvalidRequestError, match="return_activations"):
+        engine.add_request(request("r", "x", many, n=64, max_tokens=100, return_activations=True))
+    assert_idle(engine)
+
+
+def test_responses_count_in_the_queue_one_by_one(load_tiny, make_engine) -> None:
+    engine = make_engine(load_tiny(), max_waiting=5)
+    engine.add_request(request("first", n=5))
+    with pytest.raises(CapacityError, match="5 responses"):
+        engine.add_request(request("second"))
+    outcomes = drive(engine, [])
+    assert len(outcomes) == 5
+    assert_idle(engine)
 
 
 def test_a_response_may_fill_the_context(load_tiny, make_engine) -> None:

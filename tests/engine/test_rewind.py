@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from engine_runs import Outcome, assert_same, drive
+from engine_runs import LATE, Outcome, assert_same, direction, drive, guard, line, request, rewind, spec
 from guard_oracle import (
     ASLEEP,
     BASE,
@@ -30,6 +30,7 @@ from steerserve.types import (
     GenerateRequest,
     Guard,
     GuardAction,
+    Op,
     Phase,
     Rewind,
     SamplingParams,
@@ -185,3 +186,25 @@ def test_a_rewind_is_not_for_the_prompt(oracle, load_tiny, make_engine) -> None:
         expected = oracle.generate(request)
         assert (expected.finish_reason, expected.events[0].action) == (reason, otherwise)
         assert_expected(drive(make_engine(load_tiny()), [request])["r", 0], expected)
+
+
+def test_a_rewind_whose_edits_make_the_guard_fire_before_what_it_took_back(load_tiny, make_engine) -> None:
+    """The position in front is read again under the new edits; nothing is held there that could be taken back."""
+    engine = make_engine(load_tiny())
+    reading = direction(Op.MONITOR, None, site=LATE, seed=3, phase=Phase.GENERATED)
+    asked = request("r", "once", spec(reading), max_tokens=12, return_activations=True)
+    scores = [np.frombuffer(line, np.float32)[0] for _, line in drive(engine, [asked])["r", 0].scores][4:]
+    first = next(i for i in range(2, len(scores)) if scores[i] > max(scores[:i]))
+    threshold = float(scores[first] + max(scores[:first])) / 2
+    edits = direction(value=1000.0, site=LATE, seed=3)
+    again = rewind(edits, num_tokens=1, max_retries=3, otherwise=GuardAction.FLAG)
+    watcher = guard(line(LATE, 3), threshold, again, phase=Phase.GENERATED)
+    result = drive(engine, [request("g", "once", spec(guards=[watcher]), max_tokens=12), request("other", "twice")])
+    assert result["other", 0].error == result["g", 0].error == ""
+    events = result["g", 0].guard_events
+    assert [(event.action, event.position) for event in events[:2]] == [
+        (GuardAction.REWIND, 4 + first),
+        (GuardAction.FLAG, 3 + first),
+    ]
+    assert len(result["g", 0].token_ids) == 12
+    assert result["g", 0].receipt.num_rewinds >= 1

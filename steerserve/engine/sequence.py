@@ -26,9 +26,6 @@ from steerserve.types import (
     TokenLogprobs,
 )
 
-Piece = tuple[Entries, int, int]
-"""What tokens ask for, the position of the first, and how many follow each other."""
-
 BlockRecord = tuple[Record, ...]
 """The records of a block's positions, one for each piece of it that asks for something."""
 
@@ -159,8 +156,8 @@ class Sequence:
         """Keys of its first ``num_blocks`` blocks, all of them full."""
         return self._keys.first(num_blocks)
 
-    def pieces(self, start: int, count: int) -> Iterator[Piece]:
-        """Positions ``start`` to ``start + count``, cut where what is in force changes."""
+    def pieces(self, start: int, count: int) -> Iterator[tuple[Entries, int, int]]:
+        """Positions ``start`` to ``start + count``, cut where what is in force changes: it, the first, how many."""
         end = start + count
         for index, (begin, entries) in enumerate(self._spans):
             limit = self._spans[index + 1][0] if index + 1 < len(self._spans) else end

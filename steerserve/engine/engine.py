@@ -211,7 +211,7 @@ class Engine:
         """Take in what was added; end what was aborted or is out of time."""
         with self._lock:
             incoming, self._incoming = self._incoming, deque()
-            aborted, self._aborted = self._aborted, set()
+            aborted = set(self._aborted)  # one that another thread is still adding stays until it is here
         for sequence in incoming:
             self._scheduler.add(sequence)
         outputs: list[StepOutput] = []

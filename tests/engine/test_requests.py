@@ -78,6 +78,24 @@ def test_what_would_fill_the_memory_is_refused_at_admission(load_tiny, make_engi
     assert_idle(engine)
 
 
+def test_an_abort_that_overtakes_its_request_is_not_lost(load_tiny, make_engine, monkeypatch) -> None:
+    """Another thread aborts, and the engine steps, while the request is being added."""
+    engine = make_engine(load_tiny())
+    build = engine._sequence
+
+    def slowly(*arguments):
+        engine.abort("r")
+        assert engine.step() == []
+        return build(*arguments)
+
+    monkeypatch.setattr(engine, "_sequence", slowly)
+    engine.add_request(request("r"))
+    (output,) = engine.step()
+    assert output.finish_reason is FinishReason.ABORT
+    assert_idle(engine)
+    assert not engine._aborted
+
+
 def test_responses_count_in_the_queue_one_by_one(load_tiny, make_engine) -> None:
     engine = make_engine(load_tiny(), max_waiting=5)
     engine.add_request(request("first", n=5))

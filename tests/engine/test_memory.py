@@ -25,11 +25,15 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def tensor_bytes() -> dict[int, int]:
-    """Size of every storage that a tensor lies in, by its address; what a compiler has traced lies in none."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Every storage that a tensor lies in, by its address; what a compiler has traced lies in none.
+
+    As long as they are held nothing new can lie at the same address.
+    """
+    gc.collect()
     tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    on_cpu = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return {storage.data_ptr(): storage for storage in on_cpu}
 
 
 def serve(engine: Engine, prefix: str, rounds: int) -> None:
@@ -48,11 +52,10 @@ def serve(engine: Engine, prefix: str, rounds: int) -> None:
 
 def test_what_an_engine_says_it_allocates_is_what_it_allocates(load_tiny, make_engine) -> None:
     model = load_tiny()
-    before = tensor_bytes()
+    before = storages()
     engine = make_engine(model, kv_cache_tokens=4096, bank_capacity=512)
     serve(engine, "x", rounds=1)
-    gc.collect()
-    allocated = sum(size for address, size in tensor_bytes().items() if address not in before)
+    allocated = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
     assert engine.memory["weights"] == sum(parameter.nbytes for parameter in model.model.parameters())
     layers, heads, head_dim = 3, 2, 8
     assert engine.memory["kv_cache"] == 4096 * layers * heads * head_dim * 2 * torch.float32.itemsize

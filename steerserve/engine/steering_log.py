@@ -38,9 +38,7 @@ class DecodeLog:
         line, num_rows = self.num_lines, len(self._rows)
         for site, log in self._sites.items():
             log.activation[line], log.edit[line], log.x_norm[line] = tables.outputs(site, num_rows)
-        if self._first_score[-1]:
-            for row, (begin, end) in enumerate(zip(self._first_score[:-1], self._first_score[1:], strict=True)):
-                self._score[line, begin:end] = tables.score(row)[0]
+        self._score[line] = tables.leading_scores(num_rows)
         self.num_lines += 1
 
     def rows_with_failed_detector(self) -> set[int]:

@@ -38,8 +38,7 @@ class StepTables:
 
     def prepare(self, layout: Layout) -> None:
         """Make the buffers say what ``layout`` asks for, with nothing read or done yet."""
-        same = list(layout) == self._layout
-        if not same:
+        if list(layout) != self._layout:
             self._place(layout)
         self._score[: self._first_score[-1]] = 0.0
         for table in self._active.values():
@@ -50,6 +49,11 @@ class StepTables:
         begin, end = self._first_score[piece : piece + 2]
         count = self._layout[piece][1]
         scores: FloatArray = self._score[begin:end].reshape(count, -1)
+        return scores
+
+    def leading_scores(self, num_pieces: int) -> FloatArray:
+        """Scores of the pieces in front, one after another; to be read before the next step."""
+        scores: FloatArray = self._score[: self._first_score[num_pieces]]
         return scores
 
     def record(self, piece: int) -> Record:

@@ -1,8 +1,8 @@
 """Start an engine in a process of its own; print, as one line of JSON, what took how long and how much it occupies.
 
-Seconds: ``imports``; ``load`` (model, SAEs, packs, engine and, with ``--compile``, the compiler); ``warm-up`` (a pass of
-each kind, and a short response under every policy, as the server does); ``sum`` of these. Bytes: resident after the imports, in the
-end and at most; and what the engine accounts for, ``weights``, ``kv_cache`` and ``plans``.
+Seconds: ``imports``; ``load`` (model, SAEs, packs, engine and, with ``--compile``, the compiler); ``warm-up`` (a pass
+of each kind, and a short response under every policy, as the server does); ``sum`` of these. Bytes: resident after the
+imports, in the end and at most; and what the engine accounts for, ``weights``, ``kv_cache`` and ``plans``.
 
     python bench/startup.py [--compile]
 """

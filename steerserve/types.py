@@ -29,17 +29,20 @@ def _require(valid: bool, field: str, value: object, expected: str) -> None:
 class Stream(StrEnum):
     """Which activation of a layer. TransformerLens meaning: ``*_out`` is what is added to the residual.
 
-    Members stand in the order in which a layer computes them.
+    Members stand in the order in which a layer computes them. ``mlp_in`` is what the MLP reads, behind its
+    norm; it is the input of transcoders.
     """
 
     RESID_PRE = "resid_pre"
     ATTN_OUT = "attn_out"
+    MLP_IN = "mlp_in"
     MLP_OUT = "mlp_out"
     RESID_POST = "resid_post"
 
 
 _SITE_PATTERNS = (
-    re.compile(r"blocks\.(?P<layer>\d+)\.hook_(?P<stream>\w+)"),
+    re.compile(r"blocks\.(?P<layer>\d+)\.hook_(?P<stream>(?!mlp_in$)\w+)"),  # hook_mlp_in is the one before the norm
+    re.compile(r"blocks\.(?P<layer>\d+)\.(?P<stream>mlp)\.hook_in"),
     re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(?P<layer>\d+)"),
 )
 
@@ -66,12 +69,12 @@ class Site:
             if match is None:
                 continue
             stream = match.groupdict().get("stream", Stream.RESID_POST)
+            stream = Stream.MLP_IN if stream == "mlp" else stream
             if stream in set(Stream):
                 return cls(int(match["layer"]), Stream(stream))
-        streams = ", ".join(Stream)
-        raise InvalidRequestError(
-            field, name, f"'blocks.<layer>.hook_<stream>' with stream one of {streams}, or 'model.layers.<layer>'"
-        )
+        streams = ", ".join(stream for stream in Stream if stream is not Stream.MLP_IN)
+        expected = f"'blocks.<layer>.hook_<stream>' with stream one of {streams}, 'blocks.<layer>.mlp.hook_in'"
+        raise InvalidRequestError(field, name, f"{expected}, or 'model.layers.<layer>'")
 
     def __lt__(self, other: Site) -> bool:
         """The forward pass reaches this site earlier."""
@@ -82,7 +85,7 @@ class Site:
         return self.layer, list(Stream).index(self.stream)
 
     def __str__(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.stream}"
+        return f"blocks.{self.layer}." + ("mlp.hook_in" if self.stream is Stream.MLP_IN else f"hook_{self.stream}")
 
 
 class Op(StrEnum):

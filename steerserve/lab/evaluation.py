@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from rich.progress import track
 
 from steerserve.errors import AssetError
-from steerserve.lab.activations import ActivationStore, activations_of, ordinary_rows, pack_contexts
+from steerserve.lab.activations import activations_of, ordinary_rows, pack_contexts
+from steerserve.lab.store import ActivationStore
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE

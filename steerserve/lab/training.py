@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from steerserve.errors import InvalidRequestError
-from steerserve.lab.activations import MASSIVE_NORM_RATIO, ActivationStore
+from steerserve.lab.activations import MASSIVE_NORM_RATIO
+from steerserve.lab.store import ActivationStore
 from steerserve.sae.model import SAE
 
 

@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from steerserve.errors import IncompatibleError
 from steerserve.types import Site, Stream
 
+STEERABLE = tuple(stream for stream in Stream if stream is not Stream.MLP_IN)
+"""Streams whose sites the server edits; the lab also reads ``mlp_in``, for transcoders."""
+
 
 @dataclass(frozen=True)
 class HookPoint:
@@ -37,12 +40,14 @@ class FamilyAdapter:
         layers_path: the ``ModuleList`` of decoder layers, from the causal language model.
         attention: module of a layer that computes attention.
         attn_out, mlp_out: module of a layer whose output is added to the residual.
+        mlp: module of a layer that is its MLP.
     """
 
     layers_path: str
     attention: str
     attn_out: str
     mlp_out: str
+    mlp: str = "mlp"
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """Decoder layers in model order."""
@@ -64,12 +69,14 @@ class FamilyAdapter:
                 return HookPoint(layer, "output")
             case Stream.ATTN_OUT:
                 return HookPoint(layer.get_submodule(self.attn_out), "output")
+            case Stream.MLP_IN:
+                return HookPoint(layer.get_submodule(self.mlp), "input")
             case Stream.MLP_OUT:
                 return HookPoint(layer.get_submodule(self.mlp_out), "output")
 
     def sites(self, model: PreTrainedModel) -> list[Site]:
-        """Every site of the model, in the order the forward pass reaches them."""
-        return [Site(layer, stream) for layer in range(len(self.layers(model))) for stream in Stream]
+        """Every site of the model that can be steered, in the order the forward pass reaches them."""
+        return [Site(layer, stream) for layer in range(len(self.layers(model))) for stream in STEERABLE]
 
 
 _LLAMA = FamilyAdapter("model.layers", attention="self_attn", attn_out="self_attn", mlp_out="mlp")

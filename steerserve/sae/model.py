@@ -77,6 +77,15 @@ class SAE:
         """Reconstruction ``[..., d_in]`` of feature activations ``[..., d_sae]``."""
         return f @ self.W_dec + self.b_dec
 
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """The SAE's output ``[..., d_out]`` for ``x`` ``[..., d_in]``, in the units of ``out_site``."""
+        return self.decode(self.encode(x))
+
+    @property
+    def out_site(self) -> Site:
+        """Where the output belongs: ``site``, but for a transcoder."""
+        return self.site
+
     def encoder_bias(self) -> torch.Tensor:
         """``[d_sae]`` b_enc with the subtraction of b_dec folded in."""
         return self._folded_bias

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from steerserve.lab.activations import Manifest
+from steerserve.lab.manifest import Manifest
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.sae.model import SAE
 from steerserve.types import Site, Stream

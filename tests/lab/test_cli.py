@@ -12,9 +12,9 @@ import torch
 from typer.testing import CliRunner, Result
 
 from steerserve import cli
-from steerserve.lab.activations import Manifest
 from steerserve.lab.corpus import Split
 from steerserve.lab.lexicon import Lexicon
+from steerserve.lab.manifest import Manifest
 from steerserve.models.loading import load_model
 from steerserve.sae.saelens import load_sae
 from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack

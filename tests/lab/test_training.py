@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from steerserve.errors import AssetError, InvalidRequestError
-from steerserve.lab.activations import ActivationStore
+from steerserve.lab.store import ActivationStore
 from steerserve.lab.training import TrainConfig, TrainStats, train_batch_topk
 from steerserve.sae.model import SAE
 from steerserve.types import Site, Stream

@@ -1,9 +1,9 @@
-"""Harvest: what is on disk is what the model computed, once, whatever interrupted it; the store that reads it."""
+"""Harvest: what is on disk is what the model computed, once, whatever interrupted it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from steerserve.errors import AssetError, IncompatibleError
-from steerserve.lab import activations
-from steerserve.lab.activations import ActivationStore, HarvestConfig, Manifest, activations_of, harvest, pack_contexts
+from steerserve.lab import harvest as harvesting
+from steerserve.lab.activations import activations_of, pack_contexts
+from steerserve.lab.harvest import HarvestConfig, harvest
+from steerserve.lab.manifest import Manifest
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site, Stream
 
@@ -104,11 +106,11 @@ def test_max_tokens_counts_whole_contexts(
 def test_an_interrupted_harvest_continues_to_the_same_bytes(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards_before: int, sentences: list[str]
 ) -> None:
-    monkeypatch.setattr(activations, "CONTEXTS_PER_SHARD", 5)
+    monkeypatch.setattr(harvesting, "CONTEXTS_PER_SHARD", 5)
     texts = sentences[:14]
     whole = harvest(tiny, texts, tmp_path / "whole", CONFIG)
     assert len(whole.shards) > 4
-    write, written = activations.save_file, []
+    write, written = harvesting.save_file, []
 
     def write_or_be_killed(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if len(written) == shards_before:
@@ -117,10 +119,10 @@ def test_an_interrupted_harvest_continues_to_the_same_bytes(
         written.append(path)
         write(tensors, path)
 
-    monkeypatch.setattr(activations, "save_file", write_or_be_killed)
+    monkeypatch.setattr(harvesting, "save_file", write_or_be_killed)
     with pytest.raises(KeyboardInterrupt):
         harvest(tiny, texts, tmp_path / "parts", CONFIG)
-    monkeypatch.setattr(activations, "save_file", write)
+    monkeypatch.setattr(harvesting, "save_file", write)
     harvest(tiny, texts, tmp_path / "parts", CONFIG)
     for file in (*whole.shards, "manifest.json"):
         assert (tmp_path / "parts" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
@@ -130,7 +132,7 @@ def test_a_finished_harvest_is_left_alone(
     tiny: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentences: list[str]
 ) -> None:
     first = harvest(tiny, sentences, tmp_path, CONFIG)
-    monkeypatch.setattr(activations, "save_file", lambda *_: pytest.fail("wrote a shard again"))
+    monkeypatch.setattr(harvesting, "save_file", lambda *_: pytest.fail("wrote a shard again"))
     assert harvest(tiny, sentences, tmp_path, CONFIG) == first
 
 
@@ -165,54 +167,3 @@ def test_a_directory_without_a_usable_harvest_is_refused(tmp_path: Path) -> None
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(AssetError, match=r"manifest\.json is damaged"):
             Manifest.load(tmp_path)
-
-
-def numbered_shards(*sizes: int) -> list[torch.Tensor]:
-    """Rows that say their own number, in digits that bfloat16 holds exactly."""
-    numbers = torch.arange(sum(sizes))
-    rows = torch.stack([numbers // 100, numbers % 100], 1).float()
-    return list(rows.split(list(sizes)))
-
-
-def numbers_of(batches: Iterator[torch.Tensor]) -> list[list[int]]:
-    return [(100 * batch[:, 0] + batch[:, 1]).int().tolist() for batch in batches]
-
-
-@pytest.mark.parametrize("shards_in_buffer", [1, 2, 4, 9])
-@pytest.mark.parametrize(("batch_size", "left_out"), [(10, 0), (9, 5), (64, 12), (140, 0)])
-def test_an_epoch_has_every_row_once(write_store, shards_in_buffer: int, batch_size: int, left_out: int) -> None:
-    directory = write_store(numbered_shards(40, 3, 37, 40, 20))
-    batches = numbers_of(
-        ActivationStore(directory, SITE, seed=0, shards_in_buffer=shards_in_buffer).batches(batch_size)
-    )
-    assert {len(batch) for batch in batches} == {batch_size}
-    rows = [row for batch in batches for row in batch]
-    assert len(rows) == len(set(rows)) == 140 - left_out
-    assert left_out < batch_size
-
-
-def test_the_order_follows_from_the_seed(write_store) -> None:
-    directory = write_store(numbered_shards(40, 40, 40))
-
-    def epochs(seed: int) -> list[list[list[int]]]:
-        store = ActivationStore(directory, SITE, seed=seed, shards_in_buffer=2)
-        return [numbers_of(store.batches(8)) for _ in range(2)]
-
-    first, second = epochs(seed=5)
-    assert epochs(seed=5) == [first, second]
-    assert first != second
-    assert epochs(seed=6) != [first, second]
-    assert any(len({row // 40 for row in batch}) > 1 for batch in first)  # batches mix shards
-
-
-def test_batches_are_float32(write_store) -> None:
-    (batch,) = ActivationStore(write_store(numbered_shards(6)), SITE, seed=0).batches(6)
-    assert batch.dtype == torch.float32
-
-
-def test_stores_that_are_refused(write_store) -> None:
-    directory = write_store(numbered_shards(6))
-    with pytest.raises(AssetError, match=r"holds blocks\.1\.hook_resid_post, not blocks\.2\.hook_resid_post"):
-        ActivationStore(directory, Site(2, Stream.RESID_POST), seed=0)
-    with pytest.raises(AssetError, match=r"holds 6 rows, less than one batch \(7\)"):
-        next(ActivationStore(directory, SITE, seed=0).batches(7))

@@ -251,13 +251,35 @@ def models_list() -> None:
     Console().print(table)
 
 
-# The lab's own options and --help are parsed by its own application, imported only when it is asked for.
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+# Options and --help of these three are parsed by applications of their own, imported only when they are asked for.
+_PASSED_ON: dict[str, Any] = {
+    "add_help_option": False,
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+}
+
+
+@app.command(**_PASSED_ON)
+def sae(ctx: typer.Context) -> None:
+    """Inspect, convert and verify SAEs of any known format."""
+    from steerserve.lab.commands.sae import app as sae_app
+
+    sae_app(args=ctx.args, prog_name="steerserve sae")
+
+
+@app.command(**_PASSED_ON)
 def lab(ctx: typer.Context) -> None:
-    """Harvest activations, train and evaluate SAEs, build concept packs."""
+    """Harvest activations; train, evaluate and interpret SAEs."""
     from steerserve.lab.cli import app as lab_app
 
     lab_app(args=ctx.args, prog_name="steerserve lab")
+
+
+@app.command(**_PASSED_ON)
+def concept(ctx: typer.Context) -> None:
+    """Build concept packs, and measure what they do."""
+    from steerserve.lab.cli import concept_app
+
+    concept_app(args=ctx.args, prog_name="steerserve concept")
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -41,7 +41,7 @@ class Stream(StrEnum):
 
 
 _SITE_PATTERNS = (
-    re.compile(r"blocks\.(?P<layer>\d+)\.hook_(?P<stream>(?!mlp_in$)\w+)"),  # hook_mlp_in is the one before the norm
+    re.compile(r"blocks\.(?P<layer>\d+)\.hook_(?P<stream>(?!mlp(_in)?$)\w+)"),  # hook_mlp_in is the one before the norm
     re.compile(r"blocks\.(?P<layer>\d+)\.(?P<stream>mlp)\.hook_in"),
     re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(?P<layer>\d+)"),
 )
@@ -136,7 +136,7 @@ class FeatureTarget:
 
 @dataclass(frozen=True)
 class ConceptTarget:
-    """All features of a loaded concept pack."""
+    """A loaded concept pack: an edit changes the rows that its policy edits, a reading reads its detector."""
 
     concept: str
 

@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from steerserve.errors import IncompatibleError
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
@@ -20,15 +21,39 @@ from steerserve.types import Site
 MASSIVE_NORM_RATIO = 8.0
 
 
+CHARACTERS_AT_ONCE = 2**18
+"""A tokenizer spreads the texts of one call over the processor's cores; they are held in memory."""
+
+
 def pack_contexts(model: LoadedModel, texts: Iterable[str], context_length: int) -> Iterator[torch.Tensor]:
-    """Tokenise ``texts``, join them by the end-of-sequence token, yield full contexts ``[context_length]``."""
+    """Tokenise ``texts``, join them by the end-of-sequence token, yield full contexts ``[context_length]`` int32.
+
+    Raises:
+        IncompatibleError: the tokenizer has no end-of-sequence token.
+    """
     separator = model.tokenizer.eos_token_id
+    if separator is None:
+        raise IncompatibleError("tokenizer.eos_token", None, "an end-of-sequence token, which separates the texts")
     pending: list[int] = []
+    for batch in _batched(texts):
+        for token_ids in model.tokenizer(batch, add_special_tokens=False, verbose=False).input_ids:
+            pending += [*token_ids, separator]
+        full = len(pending) // context_length * context_length
+        yield from torch.tensor(pending[:full], dtype=torch.int32).view(-1, context_length)
+        del pending[:full]
+
+
+def _batched(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_characters = 0
     for text in texts:
-        pending += [*model.tokenizer(text, add_special_tokens=False).input_ids, separator]
-        while len(pending) >= context_length:
-            yield torch.tensor(pending[:context_length], dtype=torch.int32)
-            pending = pending[context_length:]
+        batch.append(text)
+        num_characters += len(text)
+        if num_characters >= CHARACTERS_AT_ONCE:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-ASSETS = Path(__file__).parent.parent / "assets"
+from steerserve.errors import AssetError
+
+PROFANITY = Path(__file__).parent.parent / "assets" / "profanity_lexicon.json"
 _WORD = re.compile(r"[^\W_][\w@$!*'-]*", re.UNICODE)
 _SUBSTITUTIONS = str.maketrans({"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "@": "a", "$": "s", "!": "i"})
 
@@ -26,10 +28,29 @@ class Lexicon:
 
     @classmethod
     def profanity(cls, *parts: str) -> Lexicon:
-        """The built-in list; ``parts`` from ``selection`` and ``held_out``, both if none is named."""
-        lemmas = json.loads((ASSETS / "profanity_lexicon.json").read_text())
-        chosen = parts or ("selection", "held_out")
-        return cls(frozenset(form for part in chosen for forms in lemmas[part].values() for form in forms))
+        """The built-in list; ``parts`` as of ``load``."""
+        return cls.load(PROFANITY, *parts)
+
+    @classmethod
+    def load(cls, path: Path, *parts: str) -> Lexicon:
+        """The word forms of a JSON file ``{"selection": {lemma: [form, ...]}, "held_out": {...}}``.
+
+        ``parts`` from ``selection`` and ``held_out``, both if none is named; ``held_out`` may be missing.
+
+        Raises:
+            AssetError: no such file, or another content.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            lemmas = {"held_out": {}, **content}
+            chosen = [lemmas[part] for part in parts or ("selection", "held_out")]
+            forms = frozenset(form.lower() for part in chosen for forms in part.values() for form in forms)
+        except OSError as error:
+            raise AssetError(f"word list {path}: cannot read it: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            expected = 'a JSON object {"selection": {lemma: [form, ...]}, "held_out": {lemma: [form, ...]}}'
+            raise AssetError(f"word list {path}: expected {expected}: {error!r}") from error
+        return cls(forms)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Character spans ``(start, end)`` of the listed words in ``text``."""

@@ -21,11 +21,11 @@ from steerserve.engine.engine import Engine
 from steerserve.errors import AssetError
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.pull import resolve_model
-from steerserve.sae.saelens import load_sae
+from steerserve.sae.registry import load_sae
 from steerserve.serving.engine_loop import EngineLoop
 from steerserve.serving.servicer import GenerationServicer
 from steerserve.steering.catalog import ASSETS, Catalog
-from steerserve.steering.packs import load_pack
+from steerserve.steering.pack_files import load_pack
 from steerserve.types import GenerateRequest, SamplingParams
 from steerserve.v1 import generation_pb2, generation_pb2_grpc
 
@@ -146,7 +146,7 @@ async def _warm_up(engine_loop: EngineLoop) -> None:
         request_id="warm-up",
         prompt=(0,),
         sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True),
-        policies=tuple(pack.tag for pack in engine.catalog.packs.values() if pack.site in engine.sites),
+        policies=tuple(pack.tag for pack in engine.catalog.packs.values() if engine.sites.issuperset(pack.sites)),
     )
     async with engine_loop.open(request) as outputs:
         async for _ in outputs:

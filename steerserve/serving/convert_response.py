@@ -129,9 +129,10 @@ def model_info_to_proto(engine: Engine) -> generation_pb2.GetModelInfoResponse:
                 name=pack.name,
                 version=pack.card.version,
                 description=pack.card.description,
-                site=str(pack.site),
+                site=str(pack.detector_site),
                 num_features=len(pack.tensors),
                 evaluation_json=json.dumps(pack.card.evaluation),
+                sites=map(str, pack.sites),
             )
             for pack in catalog.packs.values()
         ],

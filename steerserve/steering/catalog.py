@@ -13,8 +13,9 @@ from typing import TypeVar
 
 from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
 from steerserve.sae.model import SAE
-from steerserve.sae.saelens import load_sae
-from steerserve.steering.packs import ConceptPack, ModelFacts, load_pack
+from steerserve.sae.registry import load_sae
+from steerserve.steering.pack_files import load_pack
+from steerserve.steering.packs import ConceptPack, ModelFacts
 from steerserve.types import Site
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -37,12 +38,13 @@ class Catalog:
 
         Raises:
             AssetError: missing or damaged files, or a name given twice.
-            IncompatibleError: made for another model than ``model``.
+            IncompatibleError: made for another model than ``model``, or an SAE whose features cannot be edited.
         """
         loaded_saes = [load_sae(_directory(name, "saes")) for name in saes]
         loaded_packs = [load_pack(_directory(name, "packs")) for name in packs]
         for sae in loaded_saes:
-            _check_sae(sae, model)
+            check_sae(sae, model)
+            _refuse_unsteerable(sae)
         for pack in loaded_packs:
             pack.check_model(model)
         return cls(
@@ -54,7 +56,8 @@ class Catalog:
     @property
     def sites(self) -> list[Site]:
         """The sites of the SAEs and packs, in model order."""
-        return sorted({sae.site for sae in self.saes.values()} | {pack.site for pack in self.packs.values()})
+        of_packs = {site for pack in self.packs.values() for site in pack.sites}
+        return sorted({sae.site for sae in self.saes.values()} | of_packs)
 
     def sae(self, name: str, field: str) -> SAE:
         """A loaded SAE; ``field`` names where the request said so.
@@ -115,15 +118,29 @@ def _by_name(kind: str, items: Iterable[tuple[str, T]]) -> dict[str, T]:
     return named
 
 
-def _check_sae(sae: SAE, model: ModelFacts) -> None:
+def check_sae(sae: SAE, model: ModelFacts) -> None:
+    """Refuse an SAE that was not made for ``model``, whether or not its features can be edited.
+
+    Raises:
+        IncompatibleError: other weights, another width, or a layer that the model lacks.
+    """
     trained_on = sae.metadata.get("model_fingerprint", model.fingerprint)  # foreign SAEs record none
     if trained_on != model.fingerprint:
         expected = f"the fingerprint of the served {model.name}, {model.fingerprint}"
         raise IncompatibleError("sae.metadata.model_fingerprint", trained_on, expected)
-    if sae.d_in != model.d_model:
-        raise IncompatibleError("sae.d_in", sae.d_in, f"{model.d_model}, the width of {model.name}")
-    if sae.site.layer >= model.n_layers:
-        raise IncompatibleError("sae.site", str(sae.site), f"a layer below {model.n_layers}, as {model.name} has")
+    for field, width in (("sae.d_in", sae.d_in), ("sae.d_out", sae.d_out)):
+        if width != model.d_model:
+            raise IncompatibleError(field, width, f"{model.d_model}, the width of {model.name}")
+    for field, site in (("sae.site", sae.site), ("sae.out_site", sae.out_site)):
+        if site.layer >= model.n_layers:
+            raise IncompatibleError(field, str(site), f"a layer below {model.n_layers}, as {model.name} has")
+
+
+def _refuse_unsteerable(sae: SAE) -> None:
+    reason = sae.why_not_steerable()
+    if reason is not None:
+        expected = f"an SAE whose features can be edited one by one: {sae.name} {reason}"
+        raise IncompatibleError("sae", sae.name, expected)
 
 
 def _find(named: Mapping[str, T], name: str, field: str, kind: str) -> T:

@@ -58,13 +58,14 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog, 
         IncompatibleError: a site or a vector that does not fit the model, or a site that can not be steered.
     """
     asked = [
-        compile_intervention(intervention, f"steering.interventions[{index}]", catalog)
+        edit
         for index, intervention in enumerate(spec.interventions)
+        for edit in compile_intervention(intervention, f"steering.interventions[{index}]", catalog)
     ]
     guards = [compile_guard(guard, f"steering.guards[{index}]", catalog) for index, guard in enumerate(spec.guards)]
     rewound, max_retries = _compile_rewind(spec.guards, catalog)
     packs = _find_policies(policies, catalog)
-    bound = [compile_policy(pack, f"policies[{index}]") for index, pack in enumerate(packs)]
+    bound = [edit for index, pack in enumerate(packs) for edit in compile_policy(pack, f"policies[{index}]")]
     for together in (asked, rewound, bound):
         _refuse_double_edits(together)
     _refuse_edits_behind_policies([*asked, *rewound], bound)
@@ -123,12 +124,19 @@ def _refuse_double_edits(edits: Iterable[Edit]) -> None:
 
 
 def _refuse_edits_behind_policies(edits: Iterable[Edit], policies: Sequence[Edit]) -> None:
-    """A policy sees what a request did at or before its site; behind it, a request could undo what it does."""
+    """A policy sees what a request did at or before its site; behind it, a request could undo what it does.
+
+    A policy of several sites counts as acting at its first: that a later site of it would see the
+    request's edit does not bring back what the first one did.
+    """
     for edit in edits:
-        for policy in policies:
-            if edit.op is not Op.MONITOR and policy.target.site < edit.target.site:
-                expected = f"a site not behind {policy.target.site}, where {policy.source} acts, or no such policy"
-                raise InvalidRequestError(f"{edit.field}.target", str(edit.target.site), expected)
+        if edit.op is Op.MONITOR:
+            continue
+        before = [policy for policy in policies if policy.target.site < edit.target.site]
+        if before:
+            first = min(before, key=lambda policy: policy.target.site)
+            expected = f"a site not behind {first.target.site}, where {first.source} acts, or no such policy"
+            raise InvalidRequestError(f"{edit.field}.target", str(edit.target.site), expected)
 
 
 def _refuse_other_sites(edits: Iterable[Edit], sites: Set[Site] | None) -> None:
@@ -149,11 +157,11 @@ def _refuse_large_plan(edits: Iterable[Edit]) -> None:
 def _gates(edits: Iterable[Edit]) -> dict[DetectorKey, Edit]:
     """The monitors that the edits' gates read; equal gates share one."""
     detectors: dict[DetectorKey, Detector] = {}
-    gated: dict[DetectorKey, list[str]] = {}
+    gated: dict[DetectorKey, dict[str, None]] = {}  # of one intervention at several sites, the field once
     for edit in edits:
         if edit.detector is not None:
             detectors.setdefault(edit.detector.key, edit.detector)
-            gated.setdefault(edit.detector.key, []).append(edit.field)
+            gated.setdefault(edit.detector.key, {})[edit.field] = None
     monitors = {}
     for key, (first, *others) in gated.items():
         purpose = f"gate of {first.removeprefix('steering.')}{f' and {len(others)} more' if others else ''}"

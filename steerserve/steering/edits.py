@@ -15,7 +15,7 @@ from steerserve.errors import InvalidRequestError
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.packs import ConceptPack
 from steerserve.steering.plan import FeatureKey, Stage
-from steerserve.steering.targets import ResolvedTarget, resolve_concept, resolve_target
+from steerserve.steering.targets import ResolvedTarget, detector_rows, edited_rows, resolve_edited, resolve_read
 from steerserve.types import DirectionTarget, Gate, Guard, Intervention, Op, Phase, Rewind, Site, Unit
 
 TAKES_VALUE = frozenset({Op.CLAMP, Op.CLIP, Op.SCALE, Op.ADD})
@@ -45,7 +45,7 @@ class Detector:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One intervention with its target resolved.
+    """One intervention at one site, with its target resolved.
 
     Attributes:
         field: its path in the request.
@@ -67,15 +67,22 @@ class Edit:
     score: int = -1
 
 
-def compile_intervention(intervention: Intervention, path: str, catalog: Catalog, max_retries: int = 1) -> Edit:
-    """An intervention of a request; ``max_retries`` times its operands must still be in range.
+def compile_intervention(intervention: Intervention, path: str, catalog: Catalog, max_retries: int = 1) -> list[Edit]:
+    """An intervention of a request, an edit for each site; ``max_retries`` times its operands must still be in range.
 
     Raises:
         InvalidRequestError: unknown names or bad values.
         IncompatibleError: a site or a vector that does not fit the model.
     """
     _check_op(intervention, path)
-    target = resolve_target(intervention.target, f"{path}.target", catalog)
+    if intervention.op is Op.MONITOR:
+        targets: Sequence[ResolvedTarget] = [resolve_read(intervention.target, f"{path}.target", catalog)]
+    else:
+        targets = resolve_edited(intervention.target, f"{path}.target", catalog)
+    return [_edit_at(intervention, target, path, catalog, max_retries) for target in targets]
+
+
+def _edit_at(intervention: Intervention, target: ResolvedTarget, path: str, catalog: Catalog, max_retries: int) -> Edit:
     values = _values(intervention, target, path, max_retries)
     return Edit(
         field=path,
@@ -91,11 +98,17 @@ def compile_intervention(intervention: Intervention, path: str, catalog: Catalog
     )
 
 
-def compile_policy(pack: ConceptPack, path: str) -> Edit:
-    """A pack's calibrated action."""
+def compile_policy(pack: ConceptPack, path: str) -> list[Edit]:
+    """A pack's calibrated action, an edit for each site."""
+    if pack.card.policy.op is Op.MONITOR:
+        return [_policy_edit(pack, detector_rows(pack), path)]
+    return [_policy_edit(pack, target, path) for target in edited_rows(pack)]
+
+
+def _policy_edit(pack: ConceptPack, target: ResolvedTarget, path: str) -> Edit:
     action = pack.card.policy
-    target = resolve_concept(pack)
-    values = pack.tensors.value.tolist() if action.op in TAKES_VALUE else [0.0] * len(target.keys)
+    recorded = pack.at(target.site).value[target.features]
+    values = recorded.tolist() if action.op in TAKES_VALUE else [0.0] * len(target.keys)
     return Edit(
         field=path,
         source=f"policy:{pack.tag}",
@@ -144,7 +157,7 @@ def compile_rewind(rewind: Rewind, path: str, catalog: Catalog) -> list[Edit]:
     """
     if not rewind.edits:
         raise InvalidRequestError(f"{path}.edits", [], "at least one: without, the same tokens would come back")
-    edits = []
+    edits: list[Edit] = []
     for index, intervention in enumerate(rewind.edits):
         field = f"{path}.edits[{index}]"
         if intervention.op is Op.MONITOR:
@@ -154,8 +167,8 @@ def compile_rewind(rewind: Rewind, path: str, catalog: Catalog) -> list[Edit]:
         if intervention.phase is not Phase.ALL:
             expected = f"{Phase.ALL}: it covers every position from the rewind on"
             raise InvalidRequestError(f"{field}.phase", str(intervention.phase), expected)
-        edit = compile_intervention(intervention, field, catalog, rewind.max_retries)
-        edits.append(replace(edit, label=f"rewind: {edit.label}"))
+        compiled = compile_intervention(intervention, field, catalog, rewind.max_retries)
+        edits += [replace(edit, label=f"rewind: {edit.label}") for edit in compiled]
     return edits
 
 
@@ -172,7 +185,7 @@ def _compile_gate(intervention: Intervention, edited: ResolvedTarget, path: str,
 
 
 def _compile_detector(condition: Gate | Guard, phase: Phase, path: str, catalog: Catalog) -> Detector:
-    target = resolve_target(condition.target, f"{path}.target", catalog)
+    target = resolve_read(condition.target, f"{path}.target", catalog)
     if not abs(condition.threshold) < FLOAT32_LIMIT:
         raise InvalidRequestError(f"{path}.threshold", condition.threshold, "a finite number that float32 can hold")
     return Detector(target, float(np.float32(condition.threshold)), phase)

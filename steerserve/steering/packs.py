@@ -1,34 +1,40 @@
-"""Concept packs: a named set of features with a calibrated policy, self-contained on disk.
+"""Concept packs: features and directions with a calibrated policy and a detector, self-contained on disk.
 
-A pack is a directory of two files. ``pack.safetensors`` holds the feature rows in the kernel's
-terms (see ``FeatureRows``) and their calibration; ``card.json`` says what they are for, which
-weights they were made on and how well they work. Serving needs no SAE beside it.
+A pack is a directory of two files. ``pack.safetensors`` holds the rows in the kernel's terms (see
+``FeatureRows``), at one or several sites, and their calibration; ``card.json`` says what they are
+for, which weights they were made on and how well they work. Serving needs no SAE beside it.
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
+from steerserve.errors import IncompatibleError, InvalidRequestError
 from steerserve.steering.plan import FeatureRows
-from steerserve.types import FloatArray, Op, Phase, Site
+from steerserve.types import FloatArray, Op, Phase, Site, Stream
 
-TENSORS = "pack.safetensors"
-CARD = "card.json"
-UNBOUNDED = {"threshold": -np.inf, "max_norm": np.inf}
-"""Tensors that may hold an infinity, and which."""
+
+def _canonical_site(name: str) -> str:
+    try:
+        site = Site.parse(name)
+    except InvalidRequestError as error:
+        raise ValueError(f"expected {error.expected}") from error
+    if site.stream is Stream.MLP_IN:
+        raise ValueError(f"{site} can be harvested, not steered")
+    return str(site)
+
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+SiteName = Annotated[str, AfterValidator(_canonical_site)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Card(BaseModel):
@@ -43,14 +49,14 @@ class ModelRef(_Card):
 
 
 class SAERef(_Card):
-    """The SAE its features come from."""
+    """The SAE that the features of a site come from."""
 
     name: str
     sha256: Sha256
 
 
 class PolicyAction(_Card):
-    """What the pack does when named as a policy; the operands are the pack's ``value``."""
+    """What the pack does when named as a policy: ``op`` on every edited row, with the row's ``value``."""
 
     op: Op
     always: bool = False
@@ -63,49 +69,76 @@ class PolicyAction(_Card):
         return self
 
 
-class PackCard(_Card):
-    """``card.json``; ``data`` and ``evaluation`` are free-form."""
+class DetectorCard(_Card):
+    """How the concept is read: score = Σ weight · f over the rows of one site.
 
-    format: Literal["steerserve.pack/1"] = "steerserve.pack/1"
+    Attributes:
+        kind: SAE features, or a linear probe on the activation: one row whose bias is its ``b_enc``.
+        threshold: score above which a text counts as showing the concept.
+        auroc_features, auroc_probe: of both candidates on validation texts; None where one was not fitted.
+    """
+
+    kind: Literal["features", "probe"]
+    site: SiteName
+    threshold: float = Field(allow_inf_nan=False)
+    auroc_features: Share | None = None
+    auroc_probe: Share | None = None
+
+
+class PackCard(_Card):
+    """``card.json``; ``data`` and ``evaluation`` are free-form.
+
+    Attributes:
+        sites: in model order; the tensor ``site`` indexes it.
+        saes: by site, where rows are features of an SAE.
+    """
+
+    format: Literal["steerserve.pack/2"] = "steerserve.pack/2"
     name: Name
     version: Name
     description: str
     model: ModelRef
-    sae: SAERef | None
-    site: str
+    saes: dict[SiteName, SAERef] = {}
+    sites: Annotated[list[SiteName], Field(min_length=1)]
     policy: PolicyAction
-    score_threshold: float = Field(allow_inf_nan=False)
+    detector: DetectorCard
     data: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
 
-    @field_validator("site")
-    @classmethod
-    def _canonical_site(cls, value: str) -> str:
-        try:
-            return str(Site.parse(value))
-        except InvalidRequestError as error:
-            raise ValueError(f"expected {error.expected}") from error
+    @model_validator(mode="after")
+    def _sites_fit_together(self) -> Self:
+        sites = [Site.parse(name) for name in self.sites]
+        if sites != sorted(set(sites)):
+            raise ValueError(f"sites: expected each once and in model order, got {', '.join(self.sites)}")
+        for site in (*self.saes, self.detector.site):
+            if site not in self.sites:
+                raise ValueError(f"sites: {site} is named elsewhere in the card and missing here")
+        return self
 
 
 @dataclass(frozen=True, eq=False)
 class PackTensors:
-    """``pack.safetensors``: k features in the kernel's terms, and their calibration.
+    """``pack.safetensors``: k rows in the kernel's terms, and their calibration.
 
     Attributes:
+        site: ``[k]`` index into the card's ``sites``.
         W_enc, W_dec: ``[k, d]`` float32; ``b_enc`` has −b_dec·W_enc folded in.
-        threshold: ``[k]``; −inf for a plain direction.
-        max_norm: ``[k]`` largest |x| the feature is defined on; +inf where unbounded.
-        value: ``[k]`` operand of the policy's op, in activation units.
-        weight: ``[k]`` the concept's score is ``weight · f``.
-        max_activation: ``[k]`` largest activation seen in calibration.
-        feature_ids: ``[k]`` dimensions of the SAE; −1 for a direction.
+        threshold: ``[k]``; −inf for a plain direction or a probe.
+        max_norm: ``[k]`` largest |x| the row is defined on; +inf where unbounded.
+        edited: ``[k]`` rows that the policy, and a request that names the concept, edit.
+        value: ``[k]`` operand of the policy's op, in activation units; 0 where not edited.
+        weight: ``[k]`` the detector's score is ``weight · f``; 0 where it does not read.
+        max_activation: ``[k]`` largest activation seen in calibration, above 0.
+        feature_ids: ``[k]`` dimensions of the site's SAE; −1 for a direction or a probe.
     """
 
+    site: npt.NDArray[np.int64]
     W_enc: FloatArray
     b_enc: FloatArray
     threshold: FloatArray
     max_norm: FloatArray
     W_dec: FloatArray
+    edited: npt.NDArray[np.bool_]
     value: FloatArray
     weight: FloatArray
     max_activation: FloatArray
@@ -113,6 +146,10 @@ class PackTensors:
 
     def __len__(self) -> int:
         return len(self.feature_ids)
+
+    def take(self, rows: npt.NDArray[Any]) -> PackTensors:
+        """Some of the rows, chosen by a mask or by indices."""
+        return PackTensors(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 class ModelFacts(Protocol):
@@ -150,16 +187,38 @@ class ConceptPack:
         """``name@version``."""
         return f"{self.card.name}@{self.card.version}"
 
-    @property
-    def site(self) -> Site:
-        """Where its features are read and edited."""
-        return Site.parse(self.card.site)
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Where its rows are read or edited, in model order."""
+        return tuple(Site.parse(name) for name in self.card.sites)
 
-    def rows(self) -> FeatureRows:
-        """All features, in the order of the file."""
-        tensors = self.tensors
-        keys = tuple((f"pack:{self.sha256}", index) for index in range(len(tensors)))
-        return FeatureRows(keys, tensors.W_enc, tensors.b_enc, tensors.threshold, tensors.max_norm, tensors.W_dec)
+    @property
+    def edited_sites(self) -> tuple[Site, ...]:
+        """Where its policy edits."""
+        return tuple(site for site in self.sites if self.at(site).edited.any())
+
+    @property
+    def detector_site(self) -> Site:
+        """Where its score is read."""
+        return Site.parse(self.card.detector.site)
+
+    def at(self, site: Site) -> PackTensors:
+        """The rows of one of its sites, in the order of the file."""
+        return self._parts[site][0]
+
+    def rows(self, site: Site) -> FeatureRows:
+        """Those of ``at``, as a plan has them."""
+        return self._parts[site][1]
+
+    @cached_property
+    def _parts(self) -> Mapping[Site, tuple[PackTensors, FeatureRows]]:
+        parts = {}
+        for index, site in enumerate(self.sites):
+            chosen = np.flatnonzero(self.tensors.site == index)
+            part = self.tensors.take(chosen)
+            keys = tuple((f"pack:{self.sha256}", int(row)) for row in chosen)
+            parts[site] = part, FeatureRows(keys, part.W_enc, part.b_enc, part.threshold, part.max_norm, part.W_dec)
+        return parts
 
     def check_model(self, model: ModelFacts) -> None:
         """Refuse a model that the pack was not made on.
@@ -173,69 +232,6 @@ class ConceptPack:
         if self.tensors.W_enc.shape[1] != model.d_model:
             expected = f"[k, {model.d_model}], the width of {model.name}"
             raise IncompatibleError("pack.W_enc", list(self.tensors.W_enc.shape), expected)
-        if self.site.layer >= model.n_layers:
-            raise IncompatibleError("pack.site", self.card.site, f"a layer below {model.n_layers}")
-
-
-def load_pack(directory: Path) -> ConceptPack:
-    """Read and check a pack.
-
-    Raises:
-        AssetError: a file is missing or damaged, or the two do not make a valid pack.
-    """
-    try:
-        tensor_bytes = (directory / TENSORS).read_bytes()
-        card_bytes = (directory / CARD).read_bytes()
-        card = PackCard.model_validate_json(card_bytes)
-        arrays = load_file(directory / TENSORS)
-    except OSError as error:
-        raise AssetError(f"concept pack {directory}: cannot read {error.filename}: {error.strerror}") from error
-    except SafetensorError as error:
-        raise AssetError(f"concept pack {directory}: {TENSORS} is damaged: {error}") from error
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(str(part) for part in problem["loc"]) or "content"
-        raise AssetError(f"concept pack {directory}: {CARD}: {where}: {problem['msg']}") from error
-    tensors = _checked_tensors(arrays, card, directory)
-    return ConceptPack(card, tensors, hashlib.sha256(tensor_bytes + card_bytes).hexdigest())
-
-
-def save_pack(card: PackCard, tensors: PackTensors, directory: Path) -> ConceptPack:
-    """Write a pack and return it as loaded.
-
-    Raises:
-        AssetError: the tensors do not make a valid pack.
-    """
-    arrays = {name: np.ascontiguousarray(array) for name, array in vars(tensors).items()}
-    _checked_tensors(arrays, card, directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, directory / TENSORS)
-    (directory / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    return load_pack(directory)
-
-
-def _checked_tensors(arrays: dict[str, npt.NDArray[Any]], card: PackCard, directory: Path) -> PackTensors:
-    def refuse(name: str, problem: str) -> AssetError:
-        return AssetError(f"concept pack {directory}: {TENSORS}: {name}: {problem}")
-
-    names = set(PackTensors.__dataclass_fields__)
-    if set(arrays) != names:
-        raise refuse(", ".join(sorted(names ^ set(arrays))), "missing or unknown tensor")
-    encoder = arrays["W_enc"]
-    if encoder.ndim != 2 or 0 in encoder.shape:
-        raise refuse("W_enc", f"shape {list(encoder.shape)}, expected [k, d]")
-    for name, array in arrays.items():
-        shape = encoder.shape if name in ("W_enc", "W_dec") else encoder.shape[:1]
-        dtype = np.int64 if name == "feature_ids" else np.float32
-        if array.shape != shape or array.dtype != dtype:
-            expected = f"{np.dtype(dtype).name} {list(shape)}"
-            raise refuse(name, f"{array.dtype.name} {list(array.shape)}, expected {expected}")
-        allowed = np.isfinite(array) | (array == UNBOUNDED.get(name, 0.0))
-        if not allowed.all():
-            raise refuse(name, "NaN or infinite values")
-    features = arrays["feature_ids"][arrays["feature_ids"] >= 0]
-    if len(np.unique(features)) < len(features):
-        raise refuse("feature_ids", "a feature appears twice")
-    if len(features) and card.sae is None:
-        raise refuse("feature_ids", f"features of an SAE, but {CARD} names none")
-    return PackTensors(**arrays)
+        for site in self.sites:
+            if site.layer >= model.n_layers:
+                raise IncompatibleError("pack.sites", str(site), f"a layer below {model.n_layers}")

@@ -1,4 +1,8 @@
-"""What an intervention aims at: the rows of a feature, of a concept's features, or of a direction."""
+"""What an intervention aims at: the rows of a feature, of a concept, or of a direction.
+
+A concept is edited at all sites of its pack and read at one: what its policy edits and what its
+detector reads may be different rows.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from steerserve.errors import IncompatibleError, InvalidRequestError
 from steerserve.sae.model import SAE
@@ -17,6 +22,8 @@ from steerserve.types import ConceptTarget, DirectionTarget, FeatureTarget, Floa
 
 Identity = tuple[str, int]
 """What a feature is, whoever ships its rows: an SAE's hash and index, or the hash of a direction up to its sign."""
+
+IntpArray = npt.NDArray[np.intp]
 
 ONE = np.ones(1, dtype=np.float32)
 ONE.flags.writeable = False
@@ -32,7 +39,7 @@ class ResolvedTarget:
         features: ``[k]`` which of the source's rows.
         keys: ``[k]`` as in ``FeatureRows``.
         identities: ``[k]``; equal for one feature named through its SAE and through a pack.
-        weight: ``[k]`` the target's score is ``weight · f``.
+        weight: ``[k]`` the score that the receipt gives is ``weight · f``.
         recorded: maximum activation of each of the source's rows, if it has any on record.
         pack: the concept pack the rows come from, if any.
     """
@@ -80,42 +87,76 @@ def _arrays(source: SAE | FeatureRows, features: list[int]) -> list[FloatArray]:
     return [rows[features] for rows in whole]
 
 
-def resolve_target(target: Target, path: str, catalog: Catalog) -> ResolvedTarget:
-    """Look a target up in the catalog; ``path`` is its field.
+def resolve_edited(target: Target, path: str, catalog: Catalog) -> tuple[ResolvedTarget, ...]:
+    """What an edit of the target changes, a target for each site; ``path`` is its field.
 
     Raises:
         InvalidRequestError: an unknown SAE, feature or concept, or a vector without a direction.
         IncompatibleError: a site or a vector that does not fit the model.
     """
-    match target:
-        case FeatureTarget():
-            return _resolve_feature(target, path, catalog)
-        case ConceptTarget():
-            return resolve_concept(catalog.concept(target.concept, f"{path}.concept"))
-        case DirectionTarget():
-            return _resolve_direction(target, path, catalog)
+    if isinstance(target, ConceptTarget):
+        return edited_rows(catalog.concept(target.concept, f"{path}.concept"))
+    return (_resolve_one(target, path, catalog),)
 
 
-def resolve_concept(pack: ConceptPack) -> ResolvedTarget:
-    """All features of a pack."""
-    tensors = pack.tensors
-    origin = f"sae:{pack.card.sae.sha256}" if pack.card.sae is not None else ""
-    rows = pack.rows()
+def resolve_read(target: Target, path: str, catalog: Catalog) -> ResolvedTarget:
+    """What a monitor, a gate or a guard of the target reads; ``path`` is its field.
+
+    Raises:
+        InvalidRequestError: an unknown SAE, feature or concept, or a vector without a direction.
+        IncompatibleError: a site or a vector that does not fit the model.
+    """
+    if isinstance(target, ConceptTarget):
+        return detector_rows(catalog.concept(target.concept, f"{path}.concept"))
+    return _resolve_one(target, path, catalog)
+
+
+def edited_rows(pack: ConceptPack) -> tuple[ResolvedTarget, ...]:
+    """The rows that a pack's policy edits, site by site; their score is Σ f / max_activation."""
+    sites = pack.edited_sites
+    return tuple(
+        _rows_of(
+            pack,
+            site,
+            np.flatnonzero(pack.at(site).edited),
+            label=f"concept {pack.name}" + (f" at {site}" if len(sites) > 1 else ""),
+            weight=np.reciprocal(pack.at(site).max_activation),
+        )
+        for site in sites
+    )
+
+
+def detector_rows(pack: ConceptPack) -> ResolvedTarget:
+    """The rows that a pack's detector reads."""
+    weight = pack.at(pack.detector_site).weight
+    return _rows_of(pack, pack.detector_site, np.flatnonzero(weight), f"concept {pack.name}", weight)
+
+
+def _rows_of(pack: ConceptPack, site: Site, chosen: IntpArray, label: str, weight: FloatArray) -> ResolvedTarget:
+    """The ``chosen`` of a pack's rows at a site; ``weight`` is of all of them."""
+    tensors, rows = pack.at(site), pack.rows(site)
+    sae = pack.card.saes.get(str(site))
     identities = tuple(
-        (origin, int(feature)) if feature >= 0 else key
-        for feature, key in zip(tensors.feature_ids, rows.keys, strict=True)
+        (f"sae:{sae.sha256}", int(feature)) if sae is not None and feature >= 0 else rows.keys[row]
+        for row, feature in zip(chosen, tensors.feature_ids[chosen], strict=True)
     )
     return ResolvedTarget(
-        label=f"concept {pack.name}",
-        site=pack.site,
+        label=label,
+        site=site,
         source=rows,
-        features=range(len(rows)),
-        keys=rows.keys,
+        features=chosen.tolist(),
+        keys=tuple(rows.keys[row] for row in chosen),
         identities=identities,
-        weight=tensors.weight,
+        weight=weight[chosen],
         recorded=tensors.max_activation,
         pack=pack,
     )
+
+
+def _resolve_one(target: FeatureTarget | DirectionTarget, path: str, catalog: Catalog) -> ResolvedTarget:
+    if isinstance(target, FeatureTarget):
+        return _resolve_feature(target, path, catalog)
+    return _resolve_direction(target, path, catalog)
 
 
 def _resolve_feature(target: FeatureTarget, path: str, catalog: Catalog) -> ResolvedTarget:

@@ -21,7 +21,16 @@ from steerserve.engine.engine import Engine
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack
+from steerserve.steering.pack_files import save_pack
+from steerserve.steering.packs import (
+    ConceptPack,
+    DetectorCard,
+    ModelRef,
+    PackCard,
+    PackTensors,
+    PolicyAction,
+    SAERef,
+)
 from steerserve.types import (
     FinishReason,
     GenerateRequest,
@@ -111,17 +120,19 @@ def make_pack(tmp_path: Path) -> MakePack:
             version="1",
             description="test",
             model=ModelRef(name=model.name, fingerprint=model.fingerprint),
-            sae=SAERef(name="tiny-sae", sha256=SAE_SHA),
-            site=str(SITE),
+            saes={str(SITE): SAERef(name="tiny-sae", sha256=SAE_SHA)},
+            sites=[str(SITE)],
             policy=PolicyAction(op=op, always=always, phase=phase),
-            score_threshold=0.0,
+            detector=DetectorCard(kind="features", site=str(SITE), threshold=0.0),
         )
         tensors = PackTensors(
+            site=np.zeros(len(features), dtype=np.int64),
             W_enc=W_enc,
             b_enc=b_enc,
             threshold=threshold,
             max_norm=max_norm,
             W_dec=W_dec,
+            edited=np.ones(len(features), dtype=bool),
             value=value * ones,
             weight=ones if weight is None else np.array(weight, dtype=np.float32),
             max_activation=4 * ones,

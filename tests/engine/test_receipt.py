@@ -29,7 +29,7 @@ from steerserve.models.splice import ScoreBuffers, SiteBuffers
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.compiler import compile_plan
-from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction
+from steerserve.steering.packs import ConceptPack, DetectorCard, ModelRef, PackCard, PackTensors, PolicyAction
 from steerserve.steering.plan import Plan, SitePlan, Stage
 from steerserve.types import (
     ConceptTarget,
@@ -76,17 +76,18 @@ def make_pack(rng: np.random.Generator, name: str, width: int) -> ConceptPack:
         version="1",
         description="test",
         model=ModelRef(name="toy", fingerprint=FINGERPRINT),
-        sae=None,
-        site=str(LATE),
+        sites=[str(LATE)],
         policy=PolicyAction(op=Op.SCALE),
-        score_threshold=0.0,
+        detector=DetectorCard(kind="features", site=str(LATE), threshold=0.0),
     )
     tensors = PackTensors(
+        site=np.zeros(width, dtype=np.int64),
         W_enc=rows[0],
         b_enc=0 * ones,
         threshold=0 * ones,
         max_norm=np.inf * ones,
         W_dec=rows[1],
+        edited=np.ones(width, dtype=bool),
         value=ones,
         weight=random_rows(rng, width),
         max_activation=ones,
@@ -186,7 +187,8 @@ class Request:
         decoder = part.rows.W_dec[part.row[part.intervention == index]].astype(float)
         words = self.plan.interventions[index].label.replace(":", " ").split()
         (of_concept,) = [weight[name] for name in weight if name in words] or [np.ones(1)]
-        return Line(decoder, of_concept)
+        is_reading = words[0] == "guard"  # an edit's score is in units of the largest activations, all 1 here
+        return Line(decoder, of_concept if is_reading else np.ones(len(decoder)))
 
     def parts(self, site: Site, stage: Stage, position: int) -> Iterator[tuple[SitePlan, np.ndarray]]:
         """What is in force at a position: site plans, and which of their entries."""

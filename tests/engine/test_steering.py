@@ -13,10 +13,10 @@ from engine_runs import Outcome, assert_same, drive, scores_of
 
 from steerserve.engine.scheduler import Scheduler
 from steerserve.errors import DetectorError, InvalidRequestError
-from steerserve.models.families import FAMILIES
+from steerserve.models.families import FAMILIES, STEERABLE
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import save_pack
+from steerserve.steering.pack_files import save_pack
 from steerserve.types import (
     ConceptTarget,
     DirectionTarget,
@@ -164,7 +164,7 @@ def test_features_are_silent_outside_the_domain_of_their_sae(load_tiny, make_eng
     assert not moved[np.linalg.norm(x, axis=1) > bound * 1.001].any()
 
 
-@pytest.mark.parametrize("stream", list(Stream))
+@pytest.mark.parametrize("stream", STEERABLE)
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_a_direction_is_added_at_every_site_of_every_family(family, stream, load_tiny, make_engine, run) -> None:
     model = load_tiny(family)

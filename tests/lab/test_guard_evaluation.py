@@ -32,7 +32,16 @@ from steerserve.lab.guard_evaluation import (
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack
+from steerserve.steering.pack_files import save_pack
+from steerserve.steering.packs import (
+    ConceptPack,
+    DetectorCard,
+    ModelRef,
+    PackCard,
+    PackTensors,
+    PolicyAction,
+    SAERef,
+)
 from steerserve.types import Op
 
 FEATURES = [3, 8, 20, 41]
@@ -50,12 +59,14 @@ def make_pack(tiny: LoadedModel, random_sae: SAE, tmp_path: Path) -> MakePack:
             version="1",
             description="test",
             model=ModelRef(name=tiny.name, fingerprint=tiny.fingerprint),
-            sae=SAERef(name="random", sha256=random_sae.sha256),
-            site=str(random_sae.site),
+            saes={str(random_sae.site): SAERef(name="random", sha256=random_sae.sha256)},
+            sites=[str(random_sae.site)],
             policy=PolicyAction(op=Op.CLAMP),
-            score_threshold=0.0,
+            detector=DetectorCard(kind="features", site=str(random_sae.site), threshold=0.0),
         )
         tensors = PackTensors(
+            site=np.zeros(len(FEATURES), dtype=np.int64),
+            edited=np.ones(len(FEATURES), dtype=bool),
             W_enc=W_enc,
             b_enc=b_enc,
             threshold=threshold,

@@ -6,11 +6,16 @@ import pytest
 import torch
 
 from steerserve.errors import IncompatibleError
-from steerserve.models.families import FAMILIES, adapter_for
+from steerserve.models.families import FAMILIES, STEERABLE, adapter_for
+from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.types import Site, Stream
 
 TOKENS = torch.tensor([[72, 101, 108, 108, 111, 32, 119]])
+
+
+NORMS_BEFORE_THE_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2")
+"""Of Gemma, of llama, Qwen and NeoX, and of GPT-2; Gemma has the second too, for another purpose."""
 
 
 def read_all_sites(model: LoadedModel) -> tuple[dict[Site, torch.Tensor], object]:
@@ -42,13 +47,43 @@ def test_streams_add_up_to_the_residual(model) -> None:
     seen, output = read_all_sites(model)
     assert len(seen) == 4 * model.n_layers
     for layer in range(model.n_layers):
-        stream = {stream: seen[Site(layer, stream)] for stream in Stream}
+        stream = {stream: seen[Site(layer, stream)] for stream in STEERABLE}
         assert all(x.shape == (1, TOKENS.shape[1], model.d_model) for x in stream.values())
         total = stream[Stream.RESID_PRE] + stream[Stream.ATTN_OUT] + stream[Stream.MLP_OUT]
         torch.testing.assert_close(stream[Stream.RESID_POST], total, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(stream[Stream.RESID_PRE], output.hidden_states[layer], rtol=0, atol=0)
         assert stream[Stream.ATTN_OUT].abs().max() > 0.01
         assert stream[Stream.MLP_OUT].abs().max() > 0.01
+
+
+def test_mlp_in_is_what_the_mlp_reads(model) -> None:
+    """The MLP, given the activation alone, makes of it what the layer adds to the residual."""
+    mlp_in, mlp_out = Site(1, Stream.MLP_IN), Site(1, Stream.MLP_OUT)
+    seen: dict[Site, torch.Tensor] = {}
+    read = {site: lambda x, site=site: seen.setdefault(site, x) for site in (mlp_in, mlp_out)}
+    with torch.no_grad(), transformed(model, read):
+        model.model(TOKENS)
+        layer = model.adapter.layers(model.model)[1]
+        out = layer.mlp(seen[mlp_in])
+        if "gemma" in model.model.config.model_type:
+            out = layer.post_feedforward_layernorm(out)
+    assert seen[mlp_in].shape == (1, TOKENS.shape[1], model.d_model)
+    torch.testing.assert_close(seen[mlp_out], out, rtol=0, atol=0)
+    assert seen[mlp_out].std() > 0.01
+
+
+def test_mlp_in_is_behind_the_norm_and_no_site_that_is_edited(model) -> None:
+    seen, _ = read_all_sites(model)
+    mlp_in = Site(1, Stream.MLP_IN)
+    assert mlp_in not in seen
+    with torch.no_grad(), transformed(model, {mlp_in: lambda x: seen.setdefault(mlp_in, x)}):
+        model.model(TOKENS)
+    layer = model.adapter.layers(model.model)[1]
+    norm = next(getattr(layer, name) for name in NORMS_BEFORE_THE_MLP if hasattr(layer, name))
+    residual = seen[Site(1, Stream.RESID_PRE)]
+    if not getattr(model.model.config, "use_parallel_residual", False):
+        residual = residual + seen[Site(1, Stream.ATTN_OUT)]
+    torch.testing.assert_close(seen[mlp_in], norm(residual), rtol=1e-5, atol=1e-5)
 
 
 def test_the_last_residual_is_before_the_final_norm(model) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from steerserve.sae.model import SAE
+from steerserve.errors import IncompatibleError
+from steerserve.sae.model import SAE, Normalisation
 from steerserve.types import Site, Stream
 
 D_IN, D_SAE = 7, 19
@@ -106,3 +107,64 @@ def test_encode_takes_any_leading_shape_and_bfloat16() -> None:
     f = sae.encode(x.view(2, 6, D_IN))
     assert f.dtype == torch.float32
     torch.testing.assert_close(f.view(12, D_SAE), sae.encode(x.float()))
+
+
+def test_topk_keeps_the_largest_and_never_a_negative_one() -> None:
+    sae = replace(random_sae(), k=3, threshold=torch.zeros(D_SAE))
+    pre = ((rows() - sae.b_dec) @ sae.W_enc + sae.b_enc).double().numpy()
+    expected = np.zeros_like(pre)
+    for row, values in zip(expected, pre, strict=True):
+        for j in np.argsort(values)[-3:]:
+            row[j] = max(values[j], 0)
+    np.testing.assert_allclose(sae.encode(rows()).numpy(), expected, rtol=1e-5, atol=1e-5)
+    low = replace(sae, b_enc=sae.b_enc - 100)  # every pre-activation is negative, and no feature fires
+    assert not low.encode(rows()).any()
+
+
+@pytest.mark.parametrize("normalisation", [Normalisation.LAYER_NORM, Normalisation.CONSTANT_NORM_RESCALE])
+def test_what_normalisation_takes_off_decoding_puts_back(normalisation: Normalisation) -> None:
+    """With an SAE that loses nothing, whatever the scale of x; a row of zeros stays one."""
+    eye, zeros = torch.eye(D_IN), torch.zeros(2 * D_IN)
+    W_dec = torch.cat([eye, -eye])
+    sae = SAE(
+        "lossless", Site(0, Stream.RESID_POST), W_dec.T, zeros, W_dec, torch.zeros(D_IN), zeros,
+        normalisation=normalisation,
+    )  # fmt: skip
+    x = torch.cat([rows(), 1000 * rows() + 7, torch.zeros(1, D_IN)])
+    torch.testing.assert_close(sae.reconstruct(x), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae.encode(1000 * x), sae.encode(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_transcoder_has_its_own_width_site_and_skip_connection() -> None:
+    generator = torch.Generator().manual_seed(6)
+    W_skip, out = torch.randn(4, D_IN, generator=generator), Site(2, Stream.MLP_OUT)
+    sae = replace(
+        random_sae(apply_b_dec_to_input=False),
+        W_dec=torch.randn(D_SAE, 4, generator=generator),
+        b_dec=torch.randn(4, generator=generator),
+        W_skip=W_skip,
+        transcodes_to=out,
+        normalisation=Normalisation.LAYER_NORM,
+    )
+    assert (sae.d_in, sae.d_out, sae.out_site) == (D_IN, 4, out)
+    x = rows()
+    z = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
+    pre = z @ sae.W_enc + sae.b_enc
+    f = torch.where(pre > sae.threshold, pre, 0.0)
+    torch.testing.assert_close(sae.encode(x), f, rtol=1e-5, atol=1e-5)
+    expected = f @ sae.W_dec + sae.b_dec + x @ W_skip.T  # not denormalised, and the skip connection reads x itself
+    torch.testing.assert_close(sae.reconstruct(x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_what_cannot_be_edited_feature_by_feature_says_why() -> None:
+    plain = random_sae(apply_b_dec_to_input=False)
+    assert plain.why_not_steerable() is None
+    for changes, reason in [
+        ({"k": 3}, r"is a TopK SAE \(k = 3\)"),
+        ({"normalisation": Normalisation.LAYER_NORM}, r"normalises each activation by itself \(layer_norm\)"),
+        ({"transcodes_to": Site(2, Stream.MLP_OUT)}, "is a transcoder: it reads blocks.2.hook_resid_post and writes"),
+        ({"W_skip": torch.ones(D_IN, D_IN)}, "has a skip connection"),
+        ({"site": Site(2, Stream.MLP_IN)}, "reads blocks.2.mlp.hook_in, which can be read and not edited"),
+    ]:
+        with pytest.raises(IncompatibleError, match=f"sae: got 'random', expected .* random {reason}"):
+            replace(plain, **changes).rows([0])

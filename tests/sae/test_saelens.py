@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from steerserve.errors import AssetError
-from steerserve.sae.model import SAE
-from steerserve.sae.saelens import load_sae, save_max_activation, save_sae
+from steerserve.errors import AssetError, IncompatibleError
+from steerserve.sae.formats.saelens import save_max_activation, save_sae
+from steerserve.sae.model import SAE, Normalisation
+from steerserve.sae.registry import load_sae
 from steerserve.types import Site, Stream
 
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
@@ -121,14 +122,25 @@ def test_a_negative_threshold_means_zero(directory: Path, sae: SAE) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architecture": "topk"}, "architecture 'topk' is not supported"),
-        ({"architecture": "gated"}, "architecture 'gated' is not supported"),
-        ({"normalize_activations": "layer_norm"}, "normalize_activations='layer_norm' is not supported"),
-        ({"normalize_activations": True}, "normalize_activations=True is not supported"),
-        ({"activation_fn_str": "topk"}, "activation function 'topk' is not supported"),
-        ({"activation_fn": "tanh-relu"}, "activation function 'tanh-relu' is not supported"),
+        (
+            {"architecture": "temporal"},
+            "architecture 'temporal' is not supported \\(supported: standard, jumprelu, topk",
+        ),
+        (
+            {"architecture": "batchtopk"},
+            "architecture 'batchtopk' is not supported.*; save it with save_inference_model",
+        ),
+        ({"architecture": "topk"}, "k is None, expected a positive integer"),
+        ({"architecture": "topk", "k": True}, "k is True, expected a positive integer"),
+        ({"architecture": "gated"}, "tensor b_gate is missing"),
+        ({"architecture": "transcoder"}, "d_out is None, expected a positive integer"),
+        ({"normalize_activations": "covariance_whitening"}, "normalize_activations='covariance_whitening' is not supp"),
+        ({"normalize_activations": True}, "the file lacks their scale; give the norm scaling factor"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations='hook_z' is not supported"),
+        ({"hook_head_index": 3}, "the SAE reads head 3 alone"),
+        ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu' is not supported"),
         ({"metadata": {}}, "metadata.hook_name is missing"),
-        ({"metadata": []}, "expected a JSON object whose metadata is one too"),
+        ({"metadata": []}, r"metadata is \[\], expected a JSON object"),
         ({"metadata": {"hook_name": "blocks.3.attn.hook_z"}}, r"hook_name: got 'blocks.3.attn.hook_z', expected"),
         ({"d_sae": D_SAE + 1}, r"W_enc has shape \(5, 9\), expected \(5, 10\)"),
         ({"d_in": None}, "d_in is None, expected a positive integer"),
@@ -174,13 +186,8 @@ def test_maximum_activations_of_another_sae_are_refused(directory: Path) -> None
 
 
 def test_files_that_are_missing_or_damaged(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssetError, match=r"no cfg\.json"):
-        load_sae(tmp_path / "nothing")
     weights = directory / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(AssetError, match="cannot be read as safetensors"):
-        load_sae(directory)
-    weights.unlink()
     with pytest.raises(AssetError, match="cannot be read as safetensors"):
         load_sae(directory)
     (directory / "cfg.json").write_text("{")
@@ -189,22 +196,105 @@ def test_files_that_are_missing_or_damaged(directory: Path, tmp_path: Path) -> N
     (directory / "cfg.json").write_text("[]")
     with pytest.raises(AssetError, match="expected a JSON object"):
         load_sae(directory)
+    (directory / "cfg.json").unlink()
+    with pytest.raises(AssetError, match=r"cfg\.json cannot be read"):
+        load_sae(directory)
+    weights.unlink()
+    with pytest.raises(AssetError, match="holds no SAE of a known format"):
+        load_sae(directory)
 
 
+def test_the_sparsity_file_declares_l0(directory: Path) -> None:
+    """SAELens keeps log10 of each feature's density there."""
+    density = torch.tensor([0.5, 0.25, *[1e-10] * (D_SAE - 2)])
+    save_file({"sparsity": density.log10()}, directory / "sparsity.safetensors")
+    assert load_sae(directory).metadata["declared_l0"] == 0.75
+
+
+def test_where_transformerlens_took_the_mean_off_so_does_the_encoder(directory: Path, sae: SAE) -> None:
+    plain = load_sae(directory)
+    kwargs = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    edit_config(directory, metadata={"hook_name": "blocks.3.hook_mlp_out"} | kwargs)
+    centred = load_sae(directory)
+    x = torch.randn(60, D_IN, generator=torch.Generator().manual_seed(2)) + 1
+    expected = plain.encode(x - x.mean(1, keepdim=True))
+    assert not torch.allclose(plain.encode(x), expected, atol=0.1)
+    torch.testing.assert_close(centred.encode(x), expected, rtol=1e-5, atol=1e-5)
+    save_sae(centred, directory / "again", torch.float32)
+    again = load_sae(directory / "again")
+    assert again.metadata["model_from_pretrained_kwargs"] == {}
+    torch.testing.assert_close(again.encode(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gain_of_a_norm_is_folded_on_both_sides_of_an_autoencoder(directory: Path) -> None:
+    plain, gain = load_sae(directory), torch.tensor([0.5, 1.5, -2.0, 3.0, 0.25])
+    edit_config(directory, metadata={"hook_name": "blocks.3.ln2.hook_normalized"})
+    folded = load_sae(directory, norm_gain=lambda layer: gain)
+    assert (folded.site, folded.out_site) == (Site(3, Stream.MLP_IN), Site(3, Stream.MLP_IN))
+    z = torch.randn(40, D_IN, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(folded.encode(z * gain), plain.encode(z), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(folded.reconstruct(z * gain), plain.reconstruct(z) * gain, rtol=1e-5, atol=1e-5)
+    edit_config(directory, normalize_activations="layer_norm")
+    with pytest.raises(AssetError, match="normalize_activations='layer_norm' is not supported at this site"):
+        load_sae(directory, norm_gain=lambda layer: gain)
+
+
+def test_a_hook_that_saelens_misnames_is_read_by_its_true_name_or_not_at_all(directory: Path) -> None:
+    """Its ``hook_mlp_in`` for Gemma Scope 2 lies before the norm; the SAE was trained behind it."""
+    true_name = {"hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output"}
+    edit_config(directory, metadata={"hook_name": "blocks.3.hook_mlp_in"} | true_name)
+    assert load_sae(directory).site == Site(3, Stream.MLP_IN)
+    edit_config(directory, metadata={"hook_name": "blocks.3.hook_mlp_in"})
+    with pytest.raises(AssetError, match="got 'blocks.3.hook_mlp_in'"):
+        load_sae(directory)
+    assert load_sae(directory, site=Site(3, Stream.MLP_IN)).site == Site(3, Stream.MLP_IN)
+
+
+WRITTEN: dict[str, dict[str, Any]] = {
+    "standard": {"threshold": torch.zeros(D_SAE)},
+    "jumprelu": {},
+    "topk": {"threshold": torch.zeros(D_SAE), "k": 3, "normalisation": Normalisation.LAYER_NORM},
+    "transcoder": {"threshold": torch.zeros(D_SAE), "transcodes_to": Site(3, Stream.RESID_POST)},
+    "skip_transcoder": {"threshold": torch.zeros(D_SAE), "W_skip": torch.randn(D_IN, D_IN)},
+    "jumprelu_transcoder": {"transcodes_to": Site(3, Stream.RESID_POST)},
+    "jumprelu_skip_transcoder": {"transcodes_to": Site(3, Stream.RESID_POST), "W_skip": torch.randn(D_IN, D_IN)},
+}
+"""By SAELens' name of what is written; the skip transcoder is an autoencoder with a skip connection."""
+
+
+@pytest.mark.parametrize("architecture", WRITTEN)
 @pytest.mark.filterwarnings("ignore")
-def test_saelens_reads_our_files_alike(directory: Path, tmp_path: Path) -> None:
+def test_saelens_reads_our_files_alike(sae: SAE, tmp_path: Path, architecture: str) -> None:
     """And we read what SAELens writes. Runs where sae-lens is installed; it is not among our dependencies."""
     sae_lens = pytest.importorskip("sae_lens")
-    ours = load_sae(directory)
-    theirs = sae_lens.SAE.load_from_disk(directory)
-    x = torch.randn(200, D_IN, generator=torch.Generator().manual_seed(1))
+    changes = WRITTEN[architecture]
+    ours = replace(sae, max_norm=float("inf"), apply_b_dec_to_input="transcodes_to" not in changes, **changes)
+    save_sae(ours, tmp_path / "ours", torch.float32)
+    theirs = sae_lens.SAE.load_from_disk(tmp_path / "ours")
+    assert theirs.cfg.architecture() == architecture
+    x = 2 * torch.randn(200, D_IN, generator=torch.Generator().manual_seed(1))
     f = ours.encode(x)
     assert 0 < (f > 0).float().mean() < 1
     torch.testing.assert_close(theirs.encode(x), f, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(theirs.decode(f), ours.decode(f), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs(x), ours.reconstruct(x), rtol=1e-5, atol=1e-5)
     assert theirs.cfg.metadata.hook_name == str(ours.site)
     theirs.save_model(tmp_path / "theirs")
     back = load_sae(tmp_path / "theirs")
-    assert back.site == ours.site
-    for name in TENSORS:
-        assert torch.equal(getattr(back, name), getattr(ours, name))
+    assert (back.site, back.out_site, back.k, back.W_skip is None) == (
+        ours.site, ours.out_site, ours.k, ours.W_skip is None,
+    )  # fmt: skip
+    torch.testing.assert_close(back.encode(x), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back.reconstruct(x), ours.reconstruct(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_saelens_cannot_express_is_not_written(sae: SAE, tmp_path: Path) -> None:
+    for changes, kind in [
+        ({"k": 2, "W_skip": torch.ones(D_IN, D_IN)}, "TopK transcoder"),
+        (
+            {"normalisation": Normalisation.LAYER_NORM, "W_skip": torch.ones(D_IN, D_IN)},
+            "autoencoder with both normalisation and skip connection",
+        ),
+    ]:
+        with pytest.raises(IncompatibleError, match=f"SAELens, which has no {kind}"):
+            save_sae(replace(sae, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -29,7 +29,8 @@ from steerserve.models.loading import checkpoint_fingerprint
 from steerserve.sae.model import SAE
 from steerserve.sae.saelens import save_sae
 from steerserve.serving.app import Server, load_engine
-from steerserve.steering.packs import ModelRef, PackCard, PackTensors, PolicyAction, save_pack
+from steerserve.steering.pack_files import save_pack
+from steerserve.steering.packs import DetectorCard, ModelRef, PackCard, PackTensors, PolicyAction
 from steerserve.types import Op, Site, Stream
 
 STRENGTH = 1000.0
@@ -122,13 +123,13 @@ def _save_pack(root: Path, site: Site, towards: torch.Tensor) -> None:
         version="1",
         description="forces one token",
         model=ModelRef(name="tiny-llama", fingerprint=checkpoint_fingerprint(root / "tiny-llama")),
-        sae=None,
-        site=str(site),
+        sites=[str(site)],
         policy=PolicyAction(op=Op.CLAMP, always=True),
-        score_threshold=0.0,
+        detector=DetectorCard(kind="features", site=str(site), threshold=0.0),
         evaluation={"rate": 0.5},
     )
     tensors = PackTensors(
+        site=np.zeros(1, dtype=np.int64), edited=np.ones(1, dtype=bool),
         W_enc=unit, b_enc=0 * one, threshold=-np.inf * one, max_norm=np.inf * one, W_dec=unit,
         value=10 * STRENGTH * one, weight=one, max_activation=STRENGTH * one, feature_ids=np.array([-1]),
     )  # fmt: skip

@@ -16,7 +16,16 @@ import torch
 
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack
+from steerserve.steering.pack_files import save_pack
+from steerserve.steering.packs import (
+    ConceptPack,
+    DetectorCard,
+    ModelRef,
+    PackCard,
+    PackTensors,
+    PolicyAction,
+    SAERef,
+)
 from steerserve.types import Op, Site
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -69,10 +78,10 @@ def card() -> PackCard:
         version="2",
         description="a test pack",
         model=ModelRef(name="toy", fingerprint=FINGERPRINT),
-        sae=SAERef(name="toy-sae", sha256=SAE_SHA),
-        site=str(SITE),
+        saes={str(SITE): SAERef(name="toy-sae", sha256=SAE_SHA)},
+        sites=[str(SITE)],
         policy=PolicyAction(op=Op.CLAMP, always=True),
-        score_threshold=0.5,
+        detector=DetectorCard(kind="features", site=str(SITE), threshold=0.5),
         evaluation={"rate": 0.25},
     )
 
@@ -83,11 +92,13 @@ def make_tensors(sae: SAE) -> Callable[..., PackTensors]:
         W_enc, b_enc, threshold, max_norm, W_dec = (rows.numpy() for rows in sae.rows(features))
         count = np.arange(1, len(features) + 1, dtype=np.float32)
         values = {
+            "site": np.zeros(len(features), dtype=np.int64),
             "W_enc": W_enc,
             "b_enc": b_enc,
             "threshold": threshold,
             "max_norm": max_norm,
             "W_dec": W_dec,
+            "edited": np.ones(len(features), dtype=bool),
             "value": -count,
             "weight": 10 * count,
             "max_activation": 2 * count,

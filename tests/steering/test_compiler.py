@@ -74,7 +74,7 @@ def test_a_policy_runs_the_calibrated_action_after_the_request(catalog) -> None:
     assert plan.sites[1].op.tolist() == [OpCode.CLAMP_ALWAYS] * 2
     assert plan.sites[1].value.tolist() == [-1, -2]
     assert plan.sites[1].intervention.tolist() == [1, 1]
-    assert plan.sites[1].segments[0].weight.tolist() == [[10, 20]]
+    assert plan.sites[1].segments[0].weight.tolist() == [[0.5, 0.25]]
     assert plan.policies == ("mood@2",)
     assert plan.packs == {"mood@2": catalog.packs["mood"].sha256}
 

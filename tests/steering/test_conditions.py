@@ -142,7 +142,7 @@ def test_a_rewinds_edit_takes_the_place_of_the_requests_own(catalog) -> None:
     assert after.intervention.tolist() == [0, 2, 6, 7, 8], "feature 3 leaves the concept, the two others go wholly"
     assert after.value.tolist() == [2, 0, -5, 0, 0]
     assert after.rows.keys[after.row[0]] == before.rows.keys[before.row[0]]
-    assert after.segments[0].weight.tolist() == [[10], [1], [1], [1], [1]]
+    assert after.segments[0].weight.tolist() == [[0.5], [1], [1], [1], [1]]
     (_, reading, late), (_, *same) = plan.levels
     assert (reading, late) == tuple(same), "what guards read stays, and so does the same direction at another site"
     assert (reading.stage, late.site) == (Stage.POLICY, LATE)

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from steerserve.errors import AssetError, IncompatibleError
 from steerserve.sae.saelens import save_sae
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import PackTensors, load_pack, save_pack
+from steerserve.steering.pack_files import load_pack, save_pack
+from steerserve.steering.packs import PackTensors
 
 
 def test_a_pack_survives_the_disk(card, make_tensors, tmp_path) -> None:
@@ -23,7 +24,8 @@ def test_a_pack_survives_the_disk(card, make_tensors, tmp_path) -> None:
     for tensor in fields(PackTensors):
         expected = getattr(make_tensors(), tensor.name)
         np.testing.assert_array_equal(getattr(loaded.tensors, tensor.name), expected)
-    assert loaded.rows().keys == ((f"pack:{loaded.sha256}", 0), (f"pack:{loaded.sha256}", 1))
+    (site,) = loaded.sites
+    assert loaded.rows(site).keys == ((f"pack:{loaded.sha256}", 0), (f"pack:{loaded.sha256}", 1))
 
 
 def test_the_hash_covers_both_files(make_pack, tmp_path) -> None:
@@ -36,15 +38,21 @@ def test_the_hash_covers_both_files(make_pack, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"format": "steerserve.pack/2"}, "format"),
+        ({"format": "steerserve.pack/1"}, "format"),
         ({"name": "two words"}, "name"),
         ({"version": 1}, "version"),
-        ({"site": "layer 3"}, "site"),
-        ({"score_threshold": "high"}, "score_threshold"),
+        ({"sites": ["layer 3"]}, "sites"),
+        ({"sites": []}, "sites"),
+        ({"sites": ["blocks.2.mlp.hook_in"]}, "harvested, not steered"),
+        ({"sites": ["blocks.2.hook_resid_post", "blocks.1.hook_resid_post"]}, "model order"),
+        ({"sites": ["blocks.2.hook_resid_post", "model.layers.2"]}, "each once"),
+        ({"sites": ["blocks.1.hook_resid_post"]}, "named elsewhere in the card"),
+        ({"detector": {"kind": "features", "site": "blocks.2.hook_resid_post", "threshold": "high"}}, "threshold"),
+        ({"detector": {"kind": "guess", "site": "blocks.2.hook_resid_post", "threshold": 1.0}}, "detector.kind"),
         ({"policy": {"op": "explode"}}, "policy.op"),
         ({"policy": {"op": "block", "always": True}}, "always is for clamp"),
         ({"model": {"name": "toy", "fingerprint": "short"}}, "model.fingerprint"),
-        ({"sae": None}, "names none"),
+        ({"saes": {}}, "names none"),
         ({"extra": 1}, "extra"),
     ],
 )
@@ -67,6 +75,11 @@ def test_wrong_cards_are_refused(change, complaint, make_pack, tmp_path) -> None
         ({"value": np.array([1, np.nan], np.float32)}, "value: NaN"),
         ({"threshold": np.array([1, np.inf], np.float32)}, "threshold: NaN or infinite"),
         ({"feature_ids": np.array([3, 3])}, "twice"),
+        ({"max_activation": np.array([1, 0], np.float32)}, "max_activation: expected values above 0"),
+        ({"site": np.array([0, 1])}, "site: names .0, 1."),
+        ({"weight": np.zeros(2, np.float32)}, "reads nothing"),
+        ({"edited": np.zeros(2, bool)}, "edited: no row"),
+        ({"edited": np.array([True, False]), "weight": np.array([1, 0], np.float32)}, "row 1 is neither"),
         ({"surplus": np.zeros(2, np.float32)}, "surplus"),
     ],
 )
@@ -100,7 +113,7 @@ def test_invalid_tensors_are_not_written(card, make_tensors, tmp_path) -> None:
     [
         ({"fingerprint": "0" * 64}, "pack.model.fingerprint"),
         ({"d_model": 16}, "pack.W_enc"),
-        ({"n_layers": 2}, "pack.site"),
+        ({"n_layers": 2}, "pack.sites"),
     ],
 )
 def test_a_pack_for_another_model_is_refused(change, field, facts, make_pack, tmp_path) -> None:

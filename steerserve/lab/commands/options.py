@@ -13,7 +13,8 @@ from rich.console import Console
 
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
-from steerserve.steering.catalog import Catalog
+from steerserve.sae.registry import load_sae
+from steerserve.steering.catalog import check_sae
 
 console = Console()
 
@@ -24,8 +25,9 @@ TextsOption = Annotated[
 
 
 def sae_for(model: LoadedModel, directory: Path) -> SAE:
-    """The SAE in ``directory``; refused as the server would refuse it, if it was trained on another model."""
-    (sae,) = Catalog.load(model, saes=[str(directory.absolute())]).saes.values()
+    """The SAE in ``directory``; refused if it was trained on another model."""
+    sae = load_sae(directory)
+    check_sae(sae, model)
     return sae
 
 

@@ -1,0 +1,93 @@
+"""A concept as a direction: the unit difference of the mean activations of positive and negative texts.
+
+Of plain texts the mean is taken over all ordinary positions; of user's turns in the chat template at the
+last position, where the answer begins (Arditi et al. 2024, "Refusal is mediated by a single direction").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from steerserve.errors import AssetError
+from steerserve.lab.activations import activations_of, ordinary_rows
+from steerserve.lab.concept_build.completions import TextBatch, tokenize
+from steerserve.lab.concept_build.site_rows import MIN_ACTIVATION, SiteRows
+from steerserve.lab.concept_eval.prompts import candidates
+from steerserve.lab.concept_eval.texts import Corpus
+from steerserve.models.loading import LoadedModel
+from steerserve.types import Site
+
+BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptDirection:
+    """One direction, ``[1, d]``, with the mean projections of both kinds of texts.
+
+    Attributes:
+        cap: ``[1]`` mean projection of negative texts.
+        step: ``[1]`` how much further positive texts reach.
+    """
+
+    rows: SiteRows
+    cap: torch.Tensor
+    step: torch.Tensor
+
+
+def difference_of_means(model: LoadedModel, site: Site, texts: Corpus, chat: bool, max_texts: int) -> ConceptDirection:
+    """The direction from negative to positive texts at a site.
+
+    Raises:
+        AssetError: the means are the same.
+    """
+    positive, negative = (
+        _activations(model, site, kind[:max_texts], chat) for kind in (texts.positive, texts.negative)
+    )
+    difference = positive.mean(0) - negative.mean(0)
+    length = difference.norm()
+    if not length > 0:
+        raise AssetError(f"positive and negative texts have the same mean activation at {site}")
+    unit = difference / length
+    rows = SiteRows.of_direction(site, unit, unit)
+    largest = (positive @ unit).amax().clamp(min=MIN_ACTIVATION)
+    return ConceptDirection(replace(rows, max_activation=largest[None]), (negative.mean(0) @ unit)[None], length[None])
+
+
+def _activations(model: LoadedModel, site: Site, texts: Sequence[str], chat: bool) -> torch.Tensor:
+    """``[n, d]`` float32: of every text its mean over ordinary positions, or of every turn its last position."""
+    parts = []
+    batches = _turns(model, texts) if chat else [tokenize(model, part) for part in _split(texts)]
+    for batch in batches:
+        x = activations_of(model, batch.tokens, (site,))[site].float()
+        keep = _last(batch.real) if chat else ordinary_rows(x) & batch.real
+        count = keep.sum(1)
+        means = (x * keep[..., None]).sum(1) / count.clamp(min=1)[:, None]
+        parts.append(means[count > 0])
+    return torch.cat(parts)
+
+
+def _split(texts: Sequence[str]) -> list[Sequence[str]]:
+    return [texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
+
+
+def _turns(model: LoadedModel, texts: Sequence[str]) -> list[TextBatch]:
+    """The texts as prompts of the chat template; those too long for a trial are left out."""
+    rows = [torch.tensor(prompt.token_ids) for prompt in candidates(model, texts, chat=True)]
+    if not rows:
+        raise AssetError("no text is short enough for a user's turn")
+    batches = []
+    for start in range(0, len(rows), BATCH_SIZE):
+        part = rows[start : start + BATCH_SIZE]
+        tokens = torch.nn.utils.rnn.pad_sequence(part, True, float(model.tokenizer.eos_token_id or 0))
+        batches.append(TextBatch(tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row in part])))
+    return batches
+
+
+def _last(real: torch.Tensor) -> torch.Tensor:
+    """The last real position of each row; mask like ``real``."""
+    mask = torch.zeros_like(real)
+    mask[torch.arange(len(real)), real.sum(1) - 1] = True
+    return mask

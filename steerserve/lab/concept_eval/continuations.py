@@ -1,0 +1,140 @@
+"""Continuations of prompts by the engine that serves, and how likely the untreated model finds them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.progress import Progress
+
+from steerserve.config import EngineConfig
+from steerserve.engine.engine import Engine
+from steerserve.lab.concept_eval.prompts import MAX_PROMPT_TOKENS, Prompt, digest
+from steerserve.lab.concept_eval.treatments import Treatment
+from steerserve.models.loading import LoadedModel
+from steerserve.types import FinishReason, SamplingParams
+
+MAX_TOKENS = 40
+MAX_PREFIX_TOKENS = 88
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One sampled response to ``prompts[prompt]``.
+
+    Attributes:
+        ended: by itself, before ``MAX_TOKENS``.
+        nll: summed over its tokens, given the prompt, under the untreated model.
+    """
+
+    prompt: int
+    seed: int
+    token_ids: tuple[int, ...]
+    text: str
+    ended: bool
+    nll: float
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Finished arms on disk, so that an interrupted evaluation goes on where it was; None: nowhere.
+
+    An arm is found by what was done to the model, the prompts and the seeds, and by nothing else.
+    """
+
+    directory: Path | None
+
+    def continuations(
+        self, model: LoadedModel, treatment: Treatment, prompts: Sequence[Prompt], seeds: Sequence[int], title: str
+    ) -> list[Continuation]:
+        """Every prompt continued with every seed, ordered by prompt and seed; read back if that was done before."""
+        if self.directory is None:
+            return continue_prompts(model, treatment, prompts, seeds, title)
+        terms = (model.fingerprint, str(model.model.dtype), treatment.key, digest(prompts), list(seeds), MAX_TOKENS)
+        path = self.directory / f"{hashlib.sha256(repr(terms).encode()).hexdigest()[:24]}.json"
+        if path.exists():
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            return [Continuation(**{**row, "token_ids": tuple(row["token_ids"])}) for row in rows]
+        continuations = continue_prompts(model, treatment, prompts, seeds, title)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps([asdict(c) for c in continuations]), encoding="utf-8")
+        partial.replace(path)
+        return continuations
+
+
+def continue_prompts(
+    model: LoadedModel, treatment: Treatment, prompts: Sequence[Prompt], seeds: Sequence[int], title: str
+) -> list[Continuation]:
+    """Sample every prompt with every seed at temperature 1, 40 tokens, through the engine; edits alone."""
+    total = len(prompts) * len(seeds)
+    longest = MAX_PROMPT_TOKENS + MAX_PREFIX_TOKENS + MAX_TOKENS
+    config = EngineConfig(max_num_seqs=64, max_model_len=longest, max_waiting=total)
+    with closing(Engine(model, treatment.catalog, config)) as engine:
+        for index, prompt in enumerate(prompts):
+            for seed in seeds:
+                params = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, seed=seed)
+                engine.add_request(treatment.request(f"{index}/{seed}", prompt.token_ids, params))
+        drawn = sorted(_finished(engine, title, total), key=lambda c: (c.prompt, list(seeds).index(c.seed)))
+    return _with_nll(model, prompts, drawn)
+
+
+def _finished(engine: Engine, title: str, total: int) -> list[Continuation]:
+    """Step ``engine`` until its ``total`` requests, named ``<prompt>/<seed>``, have ended."""
+    tokens: dict[str, list[int]] = {}
+    texts: dict[str, str] = {}
+    finished: list[Continuation] = []
+    with Progress() as progress:
+        task = progress.add_task(title, total=total)
+        while engine.has_unfinished():
+            for output in engine.step():
+                if output.error is not None:
+                    raise output.error
+                key = output.request_id
+                tokens.setdefault(key, []).extend(output.token_ids)
+                texts[key] = texts.get(key, "") + output.text
+                if output.finish_reason is not None:
+                    prompt, seed = map(int, key.split("/"))
+                    ended = output.finish_reason is FinishReason.STOP
+                    finished.append(Continuation(prompt, seed, tuple(tokens[key]), texts[key], ended, 0.0))
+                    progress.advance(task)
+    return finished
+
+
+@torch.inference_mode()
+def _with_nll(
+    model: LoadedModel, prompts: Sequence[Prompt], continuations: Sequence[Continuation]
+) -> list[Continuation]:
+    """The same with their NLL; each prompt is read once for all of its continuations."""
+    result: list[Continuation] = []
+    for index, members in groupby(continuations, key=lambda c: c.prompt):
+        group = list(members)
+        nll = _nll(model, prompts[index].token_ids, [c.token_ids for c in group])
+        result += [
+            Continuation(c.prompt, c.seed, c.token_ids, c.text, c.ended, n) for c, n in zip(group, nll, strict=True)
+        ]
+    return result
+
+
+def _nll(model: LoadedModel, head: Sequence[int], tails: Sequence[Sequence[int]]) -> list[float]:
+    longest = max(map(len, tails))
+    if longest == 0:
+        return [0.0] * len(tails)
+    first = model.model(torch.tensor([head]), use_cache=True, logits_to_keep=1)
+    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(tail, dtype=torch.long) for tail in tails], True, 0.0)
+    logits = first.logits.expand(len(tails), -1, -1)
+    if longest > 1:
+        cache = first.past_key_values
+        cache.batch_repeat_interleave(len(tails))
+        logits = torch.cat([logits, model.model(rows[:, :-1], past_key_values=cache).logits], dim=1)
+    nll = F.cross_entropy(logits.float().transpose(1, 2), rows, reduction="none")
+    real = torch.arange(longest) < torch.tensor([[len(tail)] for tail in tails])
+    sums: list[float] = (nll * real).sum(1).tolist()
+    return sums

@@ -1,0 +1,167 @@
+"""Prompts and seeds of one split, and benign text beside them: what every arm is run on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+
+from steerserve.errors import AssetError
+from steerserve.lab.concept_eval.benign import BenignText, Reading
+from steerserve.lab.concept_eval.continuations import Arms
+from steerserve.lab.concept_eval.judges import Judge
+from steerserve.lab.concept_eval.outcome import Outcome
+from steerserve.lab.concept_eval.prompts import Prompt, candidates, joined, seeds_for
+from steerserve.lab.concept_eval.resampling import Draws, Interval, Resamples, quotient
+from steerserve.lab.concept_eval.texts import Corpus
+from steerserve.lab.concept_eval.treatments import Treatment
+from steerserve.models.loading import LoadedModel
+
+MAX_SCREENINGS = 4
+SCREENED_AT_ONCE = 256
+
+
+class Direction(StrEnum):
+    """What a policy is for: the concept is to be written less often, or more often."""
+
+    SUPPRESS = "suppress"
+    AMPLIFY = "amplify"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What texts are judged by, and how prompts are made.
+
+    Attributes:
+        chat: each prompt is a user's turn in the model's chat template, else two texts, a line each.
+    """
+
+    direction: Direction
+    primary: Judge
+    second: Judge | None = None
+    chat: bool = False
+    arms: Arms = field(default_factory=lambda: Arms(None))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A treated arm against the untreated one: ``reduction`` is 1 − treated/untreated rate."""
+
+    rate: Interval
+    untreated_rate: Interval
+    reduction: Interval
+    difference: Interval
+    continuation_perplexity_ratio: Interval
+    benign_perplexity_ratio: Interval
+    kl: Interval
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Prompts and seeds of one split, and what the untreated model makes of them."""
+
+    model: LoadedModel
+    setting: Setting
+    prompts: list[Prompt]
+    seeds: list[int]
+    benign: BenignText
+    untreated: Outcome
+
+    @classmethod
+    def draw(
+        cls,
+        model: LoadedModel,
+        corpus: Corpus,
+        setting: Setting,
+        num_prompts: int,
+        num_seeds: int,
+        layer: int,
+        max_benign_tokens: int,
+    ) -> Trial:
+        """Choose prompts, then draw seeds from all of them, then run the untreated arm.
+
+        Args:
+            layer: treatments edit nothing before it.
+        """
+        prompts = draw_prompts(model, corpus, setting, num_prompts)
+        seeds = seeds_for(prompts, num_seeds)
+        benign = BenignText.contexts(model, corpus.negative, max_benign_tokens, layer)
+        untreated = _run(model, setting, prompts, seeds, Treatment.none(model), "untreated")
+        return cls(model, setting, prompts, seeds, benign, untreated)
+
+    def run(self, treatment: Treatment, title: str) -> Outcome:
+        """Continue all prompts under a treatment."""
+        return _run(self.model, self.setting, self.prompts, self.seeds, treatment, title)
+
+    @cached_property
+    def resamples(self) -> Resamples:
+        """Of the prompts; all arms share them."""
+        return Resamples(len(self.prompts))
+
+    @cached_property
+    def benign_resamples(self) -> Resamples:
+        """Of the benign texts."""
+        return Resamples(self.benign.num_texts)
+
+    def compare(self, outcome: Outcome, reading: Reading) -> Comparison:
+        """An arm and its reading of the benign text, against the untreated arm."""
+        ours, theirs = outcome.rate(self.resamples), self.untreated.rate(self.resamples)
+        perplexity = quotient(outcome.perplexity(self.resamples), self.untreated.perplexity(self.resamples))
+        return Comparison(
+            rate=Interval.of(ours),
+            untreated_rate=Interval.of(theirs),
+            reduction=Interval.of(reduction(ours, theirs)),
+            difference=Interval.of(ours - theirs),
+            continuation_perplexity_ratio=Interval.of(perplexity),
+            benign_perplexity_ratio=Interval.of(reading.perplexity_ratio(self.benign_resamples)),
+            kl=Interval.of(self.benign_resamples.ratio(reading.kl, reading.tokens)),
+        )
+
+
+def reduction(treated: Draws, untreated: Draws) -> Draws:
+    """1 − treated/untreated rate; NaN where the untreated model has nothing to reduce."""
+    return 1 - quotient(treated, untreated)
+
+
+def draw_prompts(model: LoadedModel, corpus: Corpus, setting: Setting, count: int) -> list[Prompt]:
+    """At most ``count`` prompts.
+
+    To be suppressed, a concept has to be drawn: candidates from positive texts are continued once, untreated, with
+    seeds used nowhere else, and kept if the primary judge finds the concept. To be amplified, it has to be absent:
+    the first candidates from negative texts are taken as they come.
+
+    Raises:
+        AssetError: no candidate, or none that draws the concept.
+    """
+    if setting.direction is Direction.AMPLIFY:
+        prompts = candidates(model, corpus.negative[: 4 * count], setting.chat)[:count]
+        if not prompts:
+            raise AssetError("no negative text is short enough for a prompt")
+        return prompts
+    pool = list(dict.fromkeys(candidates(model, corpus.positive, setting.chat)))
+    chosen: list[Prompt] = []
+    for screening in range(MAX_SCREENINGS):
+        for start in range(0, len(pool), SCREENED_AT_ONCE):
+            part = [prompt for prompt in pool[start : start + SCREENED_AT_ONCE] if prompt not in chosen]
+            if part:
+                chosen += _drawing(model, setting, part, screening)
+            if len(chosen) >= count:
+                return chosen[:count]
+    if not chosen:
+        raise AssetError("no prompt made of the positive texts makes the untreated model write the concept")
+    return chosen
+
+
+def _drawing(model: LoadedModel, setting: Setting, part: list[Prompt], screening: int) -> list[Prompt]:
+    """Those of ``part`` that the untreated model goes on in kind from."""
+    untreated = Treatment.none(model)
+    continuations = setting.arms.continuations(model, untreated, part, [screening], "choosing prompts")
+    shown = setting.primary.flags([joined(part[c.prompt].text, c.text) for c in continuations])
+    return [part[c.prompt] for c, hit in zip(continuations, shown, strict=True) if hit]
+
+
+def _run(
+    model: LoadedModel, setting: Setting, prompts: list[Prompt], seeds: list[int], treatment: Treatment, title: str
+) -> Outcome:
+    continuations = setting.arms.continuations(model, treatment, prompts, seeds, title)
+    return Outcome.of(prompts, continuations, setting.primary, setting.second)

@@ -1,0 +1,1 @@
+"""What an SAE is worth: fidelity, feature statistics, probes, polysemanticity, agreement between seeds."""

@@ -26,6 +26,7 @@ from steerserve.steering.edits import (
 )
 from steerserve.steering.packs import ConceptPack
 from steerserve.steering.plan import (
+    ByteArray,
     Plan,
     PlannedGuard,
     PlannedIntervention,
@@ -254,7 +255,7 @@ def _site_plan(place: Place, members: Sequence[NumberedEdit]) -> SitePlan:
         stage=place[1],
         rows=rows,
         row=row,
-        op=np.repeat(np.array([_op_code(edit) for edit in chosen], dtype=np.uint8), counts),
+        op=np.concatenate([_op_codes(edit, rows.threshold[[index[key] for key in edit.target.keys]]) for edit in chosen]),
         value=np.array([value for edit in chosen for value in edit.value], dtype=np.float32),
         intervention=np.repeat(np.array(numbers, dtype=np.int32), counts),
         score_index=np.repeat(np.array([edit.score for edit in chosen], dtype=np.int32), counts),
@@ -278,6 +279,18 @@ def _segments(
             weight=weight[entries],
             gram=directions @ directions.transpose(0, 2, 1),
         )
+
+
+def _op_codes(edit: Edit, threshold: FloatArray) -> ByteArray:
+    """The code of each row; ``threshold`` ``[k]`` is the rows' own.
+
+    A policy clips features where they are active. The kernel's clip would push an inactive one, which reads 0,
+    down to a cap below 0; where the feature is active, such a cap is a clamp.
+    """
+    codes = np.full(len(threshold), _op_code(edit), dtype=np.uint8)
+    if edit.op is Op.CLIP and edit.stage is Stage.POLICY:
+        codes[np.isfinite(threshold) & (np.array(edit.value) < 0)] = OpCode.CLAMP
+    return codes
 
 
 def _op_code(edit: Edit) -> OpCode:

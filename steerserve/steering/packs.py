@@ -56,7 +56,10 @@ class SAERef(_Card):
 
 
 class PolicyAction(_Card):
-    """What the pack does when named as a policy: ``op`` on every edited row, with the row's ``value``."""
+    """What the pack does when named as a policy: ``op`` on every edited row, with the row's ``value``.
+
+    ``clip`` leaves inactive features alone: f' = min(f, value) where f > 0, everywhere on a direction.
+    """
 
     op: Op
     always: bool = False

@@ -67,7 +67,7 @@ def test_an_sae_at_the_root(hub: Hub) -> None:
 
 
 def test_what_is_not_there(hub: Hub) -> None:
-    with pytest.raises(AssetError, match="the hub's repository 'org/saes' has no 'blocks.2'"):
+    with pytest.raises(AssetError, match=r"the hub's repository 'org/saes' has no 'blocks\.2'"):
         load_sae_from_hub("org/saes", "blocks.2", download=hub.download)
     with pytest.raises(AssetError, match="holds no SAE of a known format"):
         load_sae_from_hub("org/saes", "blocks.1", download=hub.download)

@@ -245,7 +245,7 @@ def test_a_hook_that_saelens_misnames_is_read_by_its_true_name_or_not_at_all(dir
     edit_config(directory, metadata={"hook_name": "blocks.3.hook_mlp_in"} | true_name)
     assert load_sae(directory).site == Site(3, Stream.MLP_IN)
     edit_config(directory, metadata={"hook_name": "blocks.3.hook_mlp_in"})
-    with pytest.raises(AssetError, match="got 'blocks.3.hook_mlp_in'"):
+    with pytest.raises(AssetError, match=r"got 'blocks\.3\.hook_mlp_in'"):
         load_sae(directory)
     assert load_sae(directory, site=Site(3, Stream.MLP_IN)).site == Site(3, Stream.MLP_IN)
 

@@ -37,10 +37,10 @@ def build_command(
     out: Annotated[Path, typer.Option(help="Directory for the pack.")],
     sae: Annotated[list[Path] | None, typer.Option(help="SAE directory, one a site; repeatable.")] = None,
     site: Annotated[
-        list[str] | None, typer.Option(help="For diff-means: where the directions are; repeatable.")
+        list[str] | None, typer.Option(help="For diff-means: where directions are; repeatable.")
     ] = None,
-    label_positive: Annotated[str, typer.Option(help="Labels of positive texts, by commas; empty: any.")] = "",
-    label_negative: Annotated[str, typer.Option(help="Labels of negative texts, by commas; empty: any.")] = "",
+    positive_label: Annotated[list[str] | None, typer.Option(help="Only texts so labelled count; repeatable.")] = None,
+    negative_label: Annotated[list[str] | None, typer.Option(help="The same for --negative.")] = None,
     words: Annotated[
         str, typer.Option(help="The concept's words: 'learned', 'profanity' (built in), or a JSON word list.")
     ] = "learned",
@@ -81,7 +81,7 @@ def build_command(
         positive=positive,
         negative=negative,
         budget=Budget.of(direction, budget_kl),
-        labels=Labels(_labels(label_positive), _labels(label_negative)),
+        labels=Labels(frozenset(positive_label or []), frozenset(negative_label or [])),
         words=None if words == "learned" else PROFANITY if words == "profanity" else Path(words),
         judge=judge_named(judge) if judge else None,
         chat=chat,
@@ -98,7 +98,3 @@ def build_command(
     else:
         sites = [Site.parse(each, f"site[{index}]") for index, each in enumerate(site or [])]
         build_from_direction(loaded, sites, concept, config, out, console)
-
-
-def _labels(text: str) -> frozenset[str]:
-    return frozenset(label.strip() for label in text.split(",") if label.strip())

@@ -23,8 +23,8 @@ from steerserve.lab.evaluation.splice import is_kernels
 from steerserve.lab.manifest import Manifest
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.pull import resolve_model
-from steerserve.sae.model import SAE
 from steerserve.sae.formats.saelens import save_max_activation
+from steerserve.sae.model import SAE
 
 REPORT = "evaluation.html"
 

@@ -29,7 +29,7 @@ from steerserve.types import Site
 CONTEXT_LENGTH = 128
 NUM_PROBES = 256
 
-app = typer.Typer(help="Inspect, convert and verify SAEs of any format.", no_args_is_help=True)
+app = typer.Typer(help="Inspect, convert and verify SAEs of any format.", no_args_is_help=True, add_completion=False)
 
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="SAE directory or weight file; with --repo, in it.")]
 RepoOption = Annotated[str | None, typer.Option(help="Repository on the Hugging Face hub, as org/name.")]
@@ -65,7 +65,9 @@ def inspect(
     """Show what an SAE is: its format, equations, shapes, site and scales."""
     gain = norm_gain(load_model(resolve_model(model), torch.float32)) if model else None
     name, root, sae = _load(path, repo, site, norm_scaling_factor, gain)
-    table = Table("", "", show_header=False)
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a hash is of use only as a whole
     for row in _description(name, root, sae):
         table.add_row(*row)
     console.print(table)

@@ -98,8 +98,8 @@ class FeatureContrast:
     density_negative: torch.Tensor
 
     def candidates(self, count: int) -> list[int]:
-        """At most ``count`` features that fire in more positive than negative texts, by falling AUROC."""
-        telling = (self.density_positive > self.density_negative) & (self.auroc > 0.5)
+        """At most ``count`` features that fire more, and in no fewer, positive texts; by falling AUROC."""
+        telling = (self.density_positive >= self.density_negative) & (self.auroc > 0.5)
         score = self.auroc.masked_fill(~telling, -1.0)
         order = score.argsort(descending=True, stable=True)[:count]
         return [feature for feature in order.tolist() if score[feature] > 0]

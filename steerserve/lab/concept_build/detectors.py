@@ -32,6 +32,7 @@ L2 = 0.01
 FALSE_POSITIVE_RATE = 0.01
 
 Scores = npt.NDArray[np.float32]
+Kind = Literal["features", "probe"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ class Detector:
         auroc_features, auroc_probe: on validation texts, of each kind at its best site; None if there was none.
     """
 
-    kind: Literal["features", "probe"]
+    kind: Kind
     rows: SiteRows
     weight: torch.Tensor
     threshold: float
@@ -73,8 +74,10 @@ def choose_detector(
 ) -> Detector:
     """The best of a probe at each site and of a weighted sum of each site's ``features``."""
     tokens = _TokenRows.read(model, sites, train)
-    candidates = [("probe", _fit_probe(tokens, site)) for site in sites]
-    candidates += [("features", _fit_features(tokens, rows)) for rows in features]
+    candidates: list[tuple[Kind, tuple[SiteRows, torch.Tensor]]] = [
+        *(("probe", _fit_probe(tokens, site)) for site in sites),
+        *(("features", _fit_features(tokens, rows)) for rows in features),
+    ]
     scored = []
     for kind, (rows, weight) in candidates:
         scores = text_scores(model, rows, weight, validation.all)

@@ -68,18 +68,19 @@ class PackDraft:
     def _at(self, site: Site, index: int, strength: float) -> list[_Row]:
         """The rows of a site: edited ones, then those that only the detector reads."""
         detector = self.detector.rows if self.detector.rows.site == site else None
-        rows: dict[tuple[int, bool], _Row] = {}
+        rows: list[_Row] = []
         for part, value, step in zip(self.edited, self.value, self.step, strict=True):
             if part.site == site:
                 operand = value - strength * step if self.direction is Direction.SUPPRESS else strength * value
-                for i, feature in enumerate(part.feature_ids):
-                    rows[feature, True] = _row(part, i, index) | {"edited": np.True_, "value": operand[i].numpy()}
+                for i in range(len(part)):
+                    rows.append(_row(part, i, index) | {"edited": np.True_, "value": operand[i].numpy()})
         if detector is not None:
+            edited = {int(row["feature_ids"]): row for row in rows if row["feature_ids"] >= 0}
             for i, feature in enumerate(detector.feature_ids):
-                # A feature that is edited too is one row; a probe is no direction that is edited.
-                key = (feature, (feature, True) in rows and feature >= 0)
-                rows.setdefault(key, _row(detector, i, index))["weight"] = self.detector.weight[i].numpy()
-        return list(rows.values())
+                if feature not in edited:  # one that is edited too is one row; a probe is none of the directions
+                    rows.append(_row(detector, i, index))
+                edited.get(feature, rows[-1])["weight"] = self.detector.weight[i].numpy()
+        return rows
 
 
 _Row = dict[str, Any]

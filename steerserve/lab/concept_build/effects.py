@@ -1,16 +1,16 @@
 """Which features cause a concept's words to be written.
 
 Auto-labels and activation patterns do not pick features that steer well; effects do. Both measures look
-at the model's output at the places where a listed word is about to be completed:
+at the probability that the model gives to the concept's words:
 
-* ``attribute``: first-order effect of every feature on log P(completing token), summed over every
-  position that feeds those places (activation × gradient, the gradient taken through the model).
+* ``attribute``: first-order effect of every feature on Σ P(completing token), summed over every position
+  that feeds it (activation × gradient, the gradient taken through the model).
 * ``measure_effects``: what editing one feature in fact does there, which the first order only estimates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,69 +18,66 @@ import torch
 from rich.progress import track
 
 from steerserve.lab.activations import ordinary_rows
-from steerserve.lab.concept_build.completions import Completions, TextBatch, tokenize
+from steerserve.lab.concept_build.completions import Completions
+from steerserve.lab.concept_build.contexts import Contexts, word_probability
 from steerserve.lab.concept_build.site_rows import SiteRows
-from steerserve.lab.concept_eval.teacher_forced import EarlierLayers, earlier_layers, logits_of, resumed
-from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.types import Op, Site
 
-BATCH_SIZE = 32
+STEEPEST = 200
+"""Gradients kept of each batch, the longest ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attribution:
-    """What the features of one SAE do on some texts.
+    """What the features of one SAE do in some contexts.
 
     Attributes:
-        effect: ``[d_sae]`` mean effect on log P(completing token), per completed word.
-        by_text: ``[n, d_sae]`` half precision, the part of it in each text, summed over its words.
+        effect: ``[d_sae]`` on Σ P(completing token), summed over all contexts.
+        by_context: ``[n, d_sae]`` half precision, the part of it in each context.
         max_activation: ``[d_sae]`` largest activation.
+        gradients: ``[m, d]`` the longest gradients of Σ P(completing token) with respect to the activation.
     """
 
     effect: torch.Tensor
-    by_text: torch.Tensor
+    by_context: torch.Tensor
     max_activation: torch.Tensor
+    gradients: torch.Tensor
 
 
 def attribute(
-    model: LoadedModel,
-    saes: Sequence[SAE],
-    texts: Sequence[str],
-    completions: Completions,
-    batch_size: int = BATCH_SIZE,
+    model: LoadedModel, saes: Sequence[SAE], contexts: Contexts, completions: Completions
 ) -> list[Attribution]:
-    """First-order effects of the features of several SAEs, in one pass over ``texts``.
+    """First-order effects of the features of several SAEs, in one pass over ``contexts``.
 
     A feature's effect includes what it does to features of later SAEs.
     """
-    parts: list[list[torch.Tensor]] = [[] for _ in saes]
-    largest = [torch.zeros(sae.d_sae) for sae in saes]
-    places = 0
-    for start in track(range(0, len(texts), batch_size), "attribution"):
-        batch = tokenize(model, texts[start : start + batch_size])
-        where = completions.completed_next(batch)
-        places += int(where.sum())
-        at_sites = _gradients_at(model, [sae.site for sae in saes], batch, where, completions)
-        for sae, part, (x, gradient), index in zip(saes, parts, at_sites, range(len(saes)), strict=True):
+    parts: list[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = [[] for _ in saes]
+    for batch in track(list(contexts.batches()), "attribution"):
+        at_sites = _gradients_at(model, [sae.site for sae in saes], batch, completions)
+        for sae, part, (x, gradient) in zip(saes, parts, at_sites, strict=True):
             keep = ordinary_rows(x) & batch.real
             f = sae.encode(x[keep])
-            largest[index] = torch.maximum(largest[index], f.amax(0))
-            row = keep.nonzero()[:, 0]
-            part.append(torch.zeros(len(x), sae.d_sae).index_add_(0, row, f * (gradient[keep] @ sae.W_dec.T)).half())
-    by_text = [torch.cat(part) for part in parts]
-    return [
-        Attribution(effects.float().sum(0) / max(places, 1), effects, maxima)
-        for effects, maxima in zip(by_text, largest, strict=True)
-    ]
+            effects = torch.zeros(len(x), sae.d_sae)
+            effects.index_add_(0, keep.nonzero()[:, 0], f * (gradient[keep] @ sae.W_dec.T))
+            kept = gradient[keep]
+            steepest = kept[kept.norm(dim=1).topk(min(STEEPEST, len(kept))).indices]
+            part.append((effects.half(), f.amax(0), steepest))
+    return [_joined(part) for part in parts]
+
+
+def _joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Attribution:
+    effects, largest, gradients = zip(*parts, strict=True)
+    by_context = torch.cat(effects)
+    return Attribution(by_context.float().sum(0), by_context, torch.stack(largest).amax(0), torch.cat(gradients))
 
 
 def _gradients_at(
-    model: LoadedModel, sites: Sequence[Site], batch: TextBatch, where: torch.Tensor, completions: Completions
+    model: LoadedModel, sites: Sequence[Site], batch: Contexts, completions: Completions
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """At each site, the activation and the gradient of Σ log P(completion), ``[B, T, d]`` fp32."""
+    """At each site, the activation and the gradient of Σ P(completion), ``[B, T, d]`` fp32."""
     seen: dict[Site, torch.Tensor] = {}
 
     def watch(site: Site, x: torch.Tensor) -> torch.Tensor:
@@ -88,17 +85,10 @@ def _gradients_at(
         return seen[site]
 
     with transformed(model, {site: partial(watch, site) for site in sites}):
-        log_probs = log_probs_at(model, batch.tokens, where)
-    listed = completions.next_mask(batch.tokens[where])
-    objective = log_probs.masked_fill(~listed, -torch.inf).logsumexp(-1).sum()
+        log_probs = batch.log_probs(model, batch.scored)
+    objective = word_probability(log_probs, completions.next_mask(batch.tokens[batch.scored]))
     gradients = torch.autograd.grad(objective, [seen[site] for site in sites])
     return [(seen[site].detach().float(), gradient.float()) for site, gradient in zip(sites, gradients, strict=True)]
-
-
-def log_probs_at(model: LoadedModel, tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
-    """``[n, V]`` next-token log-probabilities at the positions ``where`` only: the vocabulary is wide."""
-    hidden = model.model.base_model(tokens, use_cache=False).last_hidden_state
-    return logits_of(model, Treatment.none(model), hidden[where]).log_softmax(-1)
 
 
 @torch.no_grad()
@@ -107,37 +97,23 @@ def measure_effects(
     rows: SiteRows,
     op: Op,
     value: torch.Tensor,
-    texts: Sequence[Sequence[str]],
+    contexts: Contexts,
+    where: torch.Tensor,
     completions: Completions,
 ) -> torch.Tensor:
-    """``[k]`` what editing each row alone does to the mean log P(completing token) where a word is completed.
+    """``[k]`` what editing each row alone does to log Σ P(completing token).
 
     Args:
         value: ``[k]`` operands.
-        texts: ``[k]`` those on which each row is measured.
+        where: ``[k, m]`` the contexts on which each row is measured.
     """
     changes = torch.zeros(len(rows))
     for index in track(range(len(rows)), f"effects at {rows.site}"):
-        batch = tokenize(model, texts[index])
-        where = completions.completed_next(batch)
-        if not where.any():
-            continue
-        listed = completions.next_mask(batch.tokens[where])
-        earlier, hidden = start_at(model, rows.site.layer, batch.tokens)
-        plain = logits_of(model, Treatment.none(model), hidden[where]).log_softmax(-1)
-        row, operand = rows.take([index]), value[index : index + 1]
-        with resumed(model, earlier), transformed(model, {rows.site: _editing(row, op, operand)}):
-            edited = log_probs_at(model, batch.tokens, where)
-        before, after = (p.masked_fill(~listed, -torch.inf).logsumexp(-1) for p in (plain, edited))
-        changes[index] = (after - before).mean()
+        batch = contexts.take(where[index])
+        listed = completions.next_mask(batch.tokens[batch.scored])
+        edit = partial(rows.take([index]).edited, op=op, value=value[index : index + 1])
+        before = word_probability(batch.log_probs(model, batch.scored), listed)
+        with transformed(model, {rows.site: edit}):
+            after = word_probability(batch.log_probs(model, batch.scored), listed)
+        changes[index] = (after / before.clamp(min=1e-12)).clamp(min=1e-12).log()
     return changes
-
-
-def _editing(rows: SiteRows, op: Op, value: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: rows.edited(x, op, value)
-
-
-def start_at(model: LoadedModel, layer: int, tokens: torch.Tensor) -> tuple[EarlierLayers, torch.Tensor]:
-    """``earlier_layers``, with tensors that gradients may flow past."""
-    earlier, hidden = earlier_layers(model, layer, tokens)
-    return EarlierLayers(earlier.layer, earlier.x.clone()), hidden.clone()

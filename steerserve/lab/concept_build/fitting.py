@@ -1,22 +1,22 @@
-"""Operands found by gradient descent on what serving will do, for all rows at all sites together.
+"""Operands, and directions, found by gradient descent on what serving will do; all sites together.
 
-The loss is about a concept's words where they may be completed, plus a KL penalty on every other token.
-To suppress, it is the probability of completing a word; to amplify, minus its logarithm, which keeps
-pulling where the word is far from likely.
+The loss is about a concept's words in contexts that draw it, plus a KL penalty on every other token there
+and in benign text. To suppress, it is the share of the words' probability that is left; to amplify, minus
+the logarithm of it, which keeps pulling where a word is far from likely.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 
-from steerserve.lab.concept_build.completions import Completions, TextBatch, tokenize
-from steerserve.lab.concept_build.effects import log_probs_at, start_at
+from steerserve.lab.concept_build.completions import Completions
+from steerserve.lab.concept_build.contexts import Contexts, word_probability
 from steerserve.lab.concept_build.site_rows import SiteRows
-from steerserve.lab.concept_eval.teacher_forced import logits_of, resumed
-from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.models.hooks import SiteFunction, transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Op, Site
@@ -30,78 +30,137 @@ class FitConfig:
     """How operands are fitted; ``kl_weight`` trades the concept's words against damage to everything else.
 
     Attributes:
-        batch_size: texts drawn from each pool a step.
-        positions: at which the loss is taken, per step: every place where a word may be completed, then others.
+        batch_size: contexts drawn from each pool a step.
+        scored_share: of the positions at which the loss is taken; places where a word may be completed are always.
+        learning_rate: of operands, in units of their rows' scale; falls linearly over the second half.
+        direction_rate: of the directions.
     """
 
-    steps: int = 100
-    batch_size: int = 16
-    positions: int = 384
-    learning_rate: float = 0.08
-    kl_weight: float = 0.15
+    steps: int = 110
+    batch_size: int = 10
+    scored_share: float = 0.35
+    learning_rate: float = 0.12
+    direction_rate: float = 0.002
+    kl_weight: float = 0.6
     seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Pools:
+    """Contexts that draw the concept, several kinds of them, and benign ones; all cached at one layer."""
+
+    drawing: Sequence[Contexts]
+    benign: Contexts
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """One site's rows before the fit.
+
+    Attributes:
+        value: ``[k]`` operands to start from.
+        scale: ``[k]`` natural size of a change of each.
+    """
+
+    rows: SiteRows
+    value: torch.Tensor
+    scale: torch.Tensor
+
+
+class _Parameters:
+    """What the fit moves at one site: every operand, and the rows that are directions."""
+
+    def __init__(self, start: Start) -> None:
+        self.start = start
+        self.relative = torch.zeros(len(start.rows), requires_grad=True)
+        self._is_direction = torch.tensor([feature < 0 for feature in start.rows.feature_ids])
+        self.directions = start.rows.W_enc[self._is_direction].clone().requires_grad_()
+
+    def rows(self) -> SiteRows:
+        """With unit directions."""
+        if not self._is_direction.any():
+            return self.start.rows
+        unit = F.normalize(self.directions, dim=1)
+        index = self._is_direction.nonzero()[:, 0]
+        W_enc, W_dec = (rows.index_copy(0, index, unit) for rows in (self.start.rows.W_enc, self.start.rows.W_dec))
+        return replace(self.start.rows, W_enc=W_enc, W_dec=W_dec)
+
+    def value(self) -> torch.Tensor:
+        return self.start.value + self.relative * self.start.scale
 
 
 def fit_values(
     model: LoadedModel,
-    rows: Sequence[SiteRows],
+    starts: Sequence[Start],
     op: Op,
     amplify: bool,
-    pools: Sequence[Sequence[str]],
+    pools: Pools,
     completions: Completions,
     config: FitConfig,
     report: Callable[[int, float, float], None],
-) -> list[torch.Tensor]:
-    """Operands ``[k]`` for the rows of each site, in activation units; fitted from 0, in steps of ``max_activation``.
+) -> list[tuple[SiteRows, torch.Tensor]]:
+    """The rows of each site, their directions fitted, with operands ``[k]`` in activation units.
 
     Args:
-        pools: texts of several kinds, each drawn from equally often.
-        report: called with step, mean P(completion) where a word may be completed, and mean KL.
+        report: called with step, the words' probability as a share of the untreated model's, and mean KL.
     """
-    relative = [torch.zeros(len(part), requires_grad=True) for part in rows]
-    optimizer = torch.optim.Adam(relative, lr=config.learning_rate)
+    parameters = [_Parameters(start) for start in starts]
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [each.relative for each in parameters], "lr": config.learning_rate},
+            {"params": [each.directions for each in parameters], "lr": config.direction_rate},
+        ]
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 2 * (1 - step / config.steps)))
     generator = torch.Generator().manual_seed(config.seed)
-    first = min(part.site for part in rows).layer
     for step in range(config.steps):
-        batch = tokenize(model, _draw(pools, config.batch_size, generator))
-        places = completions.opens(batch.tokens) | completions.completed_next(batch)
-        where = _choose_positions(batch, places, config.positions, generator)
-        earlier, hidden = start_at(model, first, batch.tokens)
-        before = logits_of(model, Treatment.none(model), hidden[where]).log_softmax(-1)
-        with resumed(model, earlier), transformed(model, _edits(rows, op, relative)):
-            after = log_probs_at(model, batch.tokens, where)
-        listed = completions.next_mask(batch.tokens[where])
-        completing = after.exp().masked_fill(~listed, 0).sum(-1)
-        kl = kl_elsewhere(before, after, listed)
-        at_places = places[where]
-        if amplify:
-            words = -(completing + PROBABILITY_FLOOR).log().mean()
-        else:
-            words = completing.sum() / max(int(at_places.sum()), 1)
+        edits = {each.start.rows.site: _edit(each, op) for each in parameters}
+        share, words, drawing_kl = 0.0, torch.zeros(()), torch.zeros(())
+        for pool in pools.drawing:
+            before, after, listed = _log_probs(model, _draw(pool, config, generator), edits, completions, config, generator)
+            left = word_probability(after, listed) / word_probability(before, listed).clamp(min=1e-6)
+            pull = -(after.exp().masked_fill(~listed, 0).sum(-1) + PROBABILITY_FLOOR).log().mean() if amplify else left
+            words = words + pull / 2
+            drawing_kl = drawing_kl + kl_elsewhere(before, after, listed) / 2
+            share += left.item() / len(pools.drawing)
+        benign = _draw(pools.benign, config, generator)
+        kl = kl_elsewhere(*_log_probs(model, benign, edits, completions, config, generator))
         optimizer.zero_grad()
-        (words + config.kl_weight * kl).backward()
+        (words + config.kl_weight * (kl + drawing_kl)).backward()
         optimizer.step()
-        report(step + 1, completing[at_places].mean().item(), kl.item())
-    return [(value * part.max_activation).detach() for value, part in zip(relative, rows, strict=True)]
+        schedule.step()
+        report(step + 1, share, kl.item())
+    return [(_detached(each.rows()), each.value().detach()) for each in parameters]
 
 
-def _edits(rows: Sequence[SiteRows], op: Op, relative: Sequence[torch.Tensor]) -> dict[Site, SiteFunction]:
-    def at(part: SiteRows, value: torch.Tensor) -> SiteFunction:
-        return lambda x: part.edited(x, op, value * part.max_activation)
-
-    return {part.site: at(part, value) for part, value in zip(rows, relative, strict=True)}
+def _edit(parameters: _Parameters, op: Op) -> SiteFunction:
+    return partial(parameters.rows().edited, op=op, value=parameters.value())
 
 
-def _draw(pools: Sequence[Sequence[str]], count: int, generator: torch.Generator) -> list[str]:
-    return [pool[i] for pool in pools for i in torch.randint(len(pool), (count,), generator=generator).tolist()]
+def _detached(rows: SiteRows) -> SiteRows:
+    return replace(rows, W_enc=rows.W_enc.detach(), W_dec=rows.W_dec.detach())
 
 
-def _choose_positions(batch: TextBatch, places: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Every one of ``places``, and as many other real positions as ``count`` leaves."""
-    weight = torch.rand(batch.tokens.shape, generator=generator) + places.float()
-    weight = weight.masked_fill(~batch.real, -1.0)
-    cutoff = weight.flatten().topk(min(count, int(batch.real.sum()))).values[-1]
-    return weight >= cutoff
+def _draw(pool: Contexts, config: FitConfig, generator: torch.Generator) -> Contexts:
+    return pool.take(torch.randint(len(pool), (config.batch_size,), generator=generator))
+
+
+def _log_probs(
+    model: LoadedModel,
+    batch: Contexts,
+    edits: dict[Site, SiteFunction],
+    completions: Completions,
+    config: FitConfig,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Untreated and treated log-probabilities ``[n, V]`` at some of the scored positions, and the concept's tokens."""
+    drawn = torch.rand(batch.tokens.shape, generator=generator) < config.scored_share
+    where = batch.scored & (drawn | batch.places(completions))
+    with torch.no_grad():
+        before = batch.log_probs(model, where)
+    with transformed(model, edits):
+        after = batch.log_probs(model, where)
+    return before, after, completions.next_mask(batch.tokens[where])
 
 
 def kl_elsewhere(before: torch.Tensor, after: torch.Tensor, listed: torch.Tensor) -> torch.Tensor:

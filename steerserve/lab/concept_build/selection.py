@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from steerserve.errors import AssetError
 from steerserve.lab.concept_build.completions import Completions
+from steerserve.lab.concept_build.contexts import Contexts
 from steerserve.lab.concept_build.contrast import contrast_features
 from steerserve.lab.concept_build.effects import Attribution, attribute, measure_effects
 from steerserve.lab.concept_build.site_rows import SiteRows
@@ -15,10 +18,8 @@ from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.types import Op
 
-SHORTLIST = 1.5
+SHORTLIST = 1.25
 """Features whose effect is measured, per feature that is wanted."""
-PROOF_TEXTS = 8
-"""On which: those where the first-order estimate is largest."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class SelectionConfig:
         num_features: edited ones, over all sites.
         num_candidates: of each SAE, by contrast.
         num_detector_features: of each SAE, by contrast, for the detector.
+        num_proof_contexts: on which each feature is measured: those where the estimate is largest.
         max_texts: of each kind.
     """
 
-    num_features: int = 48
-    num_candidates: int = 512
+    num_features: int = 128
+    num_candidates: int = 1024
     num_detector_features: int = 64
+    num_proof_contexts: int = 8
     max_texts: int = 1500
 
 
@@ -43,11 +46,13 @@ class Selection:
     """Rows to edit, at the sites that have any, and rows for the detector at every site; in model order.
 
     Attributes:
-        effect: what was measured of each edited feature, by site and feature: change of log P(completion).
+        gradients: ``[m, d]`` at the last edited site, as of ``Attribution``.
+        effect: what was measured of each edited feature, by site and feature: change of log Σ P(completion).
     """
 
     edited: list[SiteRows]
     detector: list[SiteRows]
+    gradients: torch.Tensor
     effect: dict[str, dict[int, float]]
 
 
@@ -56,6 +61,7 @@ def choose_rows(
     saes: Sequence[SAE],
     op: Op,
     train: Corpus,
+    contexts: Contexts,
     completions: Completions,
     config: SelectionConfig,
 ) -> Selection:
@@ -66,16 +72,17 @@ def choose_rows(
     """
     positive, negative = train.positive[: config.max_texts], train.negative[: config.max_texts]
     contrasts = contrast_features(model, saes, positive, negative)
-    attributions = attribute(model, saes, positive, completions)
+    attributions = attribute(model, saes, contexts, completions)
     candidates = [contrast.candidates(config.num_candidates) for contrast in contrasts]
     shortlist = _shortlist(attributions, candidates, round(SHORTLIST * config.num_features))
-    proved = _prove(model, saes, attributions, shortlist, op, positive, completions)
+    proved = _prove(model, saes, attributions, shortlist, op, contexts, completions, config.num_proof_contexts)
     strongest = _strongest(proved, len(saes), config.num_features)
-    edited, effect = [], {}
+    edited, effect, gradients = [], {}, attributions[-1].gradients
     for sae, attribution, features in zip(saes, attributions, strongest, strict=True):
         if features:
             edited.append(SiteRows.of_sae(sae, list(features), attribution.max_activation[list(features)]))
             effect[str(sae.site)] = features
+            gradients = attribution.gradients
     if not edited:
         raise AssetError(f"no feature of {', '.join(sae.name for sae in saes)} changes how likely the words are")
     detector = [
@@ -83,7 +90,7 @@ def choose_rows(
         for sae, attribution, features in zip(saes, attributions, candidates, strict=True)
         if (chosen := features[: config.num_detector_features])
     ]
-    return Selection(edited, detector, effect)
+    return Selection(edited, detector, gradients, effect)
 
 
 def _shortlist(attributions: Sequence[Attribution], candidates: Sequence[list[int]], count: int) -> list[list[int]]:
@@ -112,8 +119,9 @@ def _prove(
     attributions: Sequence[Attribution],
     shortlist: Sequence[list[int]],
     op: Op,
-    texts: Sequence[str],
+    contexts: Contexts,
     completions: Completions,
+    num_proofs: int,
 ) -> list[_Proved]:
     """Those of the shortlist whose edit, alone, moves the words the way it should."""
     proved = []
@@ -122,9 +130,9 @@ def _prove(
         if not features:
             continue
         rows = SiteRows.of_sae(sae, features, attribution.max_activation[features])
-        best = attribution.by_text[:, features].float().topk(min(PROOF_TEXTS, len(texts)), dim=0).indices.T
-        proofs = [[texts[i] for i in chosen] for chosen in best.tolist()]
-        measured = measure_effects(model, rows, op, sign * rows.max_activation, proofs, completions)
+        best = attribution.by_context[:, features].float().topk(min(num_proofs, len(contexts)), dim=0).indices.T
+        value = rows.max_activation if op is Op.ADD else torch.zeros(len(rows))
+        measured = measure_effects(model, rows, op, value, contexts, best, completions)
         for feature, change in zip(features, measured.tolist(), strict=True):
             if sign * change > 0:
                 proved.append(_Proved(index, feature, float(attribution.effect[feature]), change))

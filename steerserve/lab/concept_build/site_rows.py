@@ -11,6 +11,7 @@ import torch
 from steerserve.sae.model import SAE
 from steerserve.types import Op, Site
 
+COLUMNS = ("W_enc", "b_enc", "threshold", "max_norm", "W_dec", "max_activation")
 MIN_ACTIVATION = 1e-3
 """A feature that was hardly seen still has a scale."""
 
@@ -67,9 +68,13 @@ class SiteRows:
 
     def take(self, index: Sequence[int]) -> SiteRows:
         """Some of the rows, in the order of ``index``."""
-        columns = ("W_enc", "b_enc", "threshold", "max_norm", "W_dec", "max_activation")
-        chosen = {name: getattr(self, name)[list(index)] for name in columns}
+        chosen = {name: getattr(self, name)[list(index)] for name in COLUMNS}
         return replace(self, feature_ids=tuple(self.feature_ids[i] for i in index), **chosen)
+
+    def joined(self, other: SiteRows) -> SiteRows:
+        """The rows of both, which are of one site."""
+        columns = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
+        return replace(self, feature_ids=self.feature_ids + other.feature_ids, **columns)
 
     def activations(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., k]`` f at ``x`` ``[..., d]``, float32."""
@@ -78,7 +83,7 @@ class SiteRows:
         return torch.where((pre > self.threshold) & inside, pre, 0.0)
 
     def edited(self, x: torch.Tensor, op: Op, value: torch.Tensor) -> torch.Tensor:
-        """x' = x + Σ (f' − f) W_dec, as serving does it; differentiable in ``value`` ``[k]``.
+        """x' = x + Σ (f' − f) W_dec, as a policy does it; differentiable in ``value`` ``[k]`` and the rows.
 
         ``op`` is CLAMP (where active), CLIP or ADD.
         """
@@ -87,7 +92,7 @@ class SiteRows:
             case Op.CLAMP:
                 edit = torch.where(f > 0, value - f, 0.0)
             case Op.CLIP:
-                edit = torch.minimum(value - f, torch.zeros_like(f))
+                edit = torch.where((f > 0) | self.threshold.isneginf(), (value - f).clamp(max=0), 0.0)
             case _:
                 assert op is Op.ADD, op
                 edit = value.expand_as(f)

@@ -126,25 +126,28 @@ def ioi_prompts(count: int, seed: int = 0) -> list[IOIPrompt]:
     return list(prompts.values())
 
 
+def _question(model: LoadedModel, prompt: IOIPrompt) -> tuple[list[int], tuple[int, int]]:
+    """Tokens up to where the two names part, and the next one of the indirect object's and of the subject's name."""
+    tokenizer = model.tokenizer
+    names = [tokenizer(f" {n}", add_special_tokens=False).input_ids for n in (prompt.indirect_object, prompt.subject)]
+    common = next(i for i, (a, b) in enumerate(zip(*names, strict=False)) if a != b)
+    return [*tokenizer(prompt.text).input_ids, *names[0][:common]], (names[0][common], names[1][common])
+
+
 class IOI:
     """The task, with what does not depend on the treatment computed once."""
 
     def __init__(self, model: LoadedModel, prompts: Sequence[IOIPrompt], layer: int) -> None:
-        """Treatments edit nothing before ``layer``; names that begin with the same token are left out."""
+        """Treatments edit nothing before ``layer``."""
         self._model = model
         self._untreated = Treatment.none(model)
-        tokenizer = model.tokenizer
-        first = {name: tokenizer(f" {name}", add_special_tokens=False).input_ids[0] for name in NAMES}
-        told = [p for p in prompts if first[p.indirect_object] != first[p.subject]]
-        told.sort(key=lambda prompt: len(prompt.text))
+        asked = sorted((_question(model, prompt) for prompt in prompts), key=lambda question: len(question[0]))
         self._batches = []
-        for start in range(0, len(told), BATCH_SIZE):
-            part = told[start : start + BATCH_SIZE]
-            rows = [torch.tensor(tokenizer(prompt.text).input_ids) for prompt in part]
-            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        for start in range(0, len(asked), BATCH_SIZE):
+            rows, names = zip(*asked[start : start + BATCH_SIZE], strict=True)
+            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
             last = torch.tensor([len(row) - 1 for row in rows])
-            names = torch.tensor([[first[prompt.indirect_object], first[prompt.subject]] for prompt in part])
-            self._batches.append((tokens, last, names, *earlier_layers(model, layer, tokens)))
+            self._batches.append((tokens, last, torch.tensor(names), *earlier_layers(model, layer, tokens)))
 
     def correct(self, treatment: Treatment) -> tuple[Sums, Sums]:
         """``[n]`` prompts at which the indirect object has the larger logit; ``[n]`` those that were edited."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from itertools import islice
 
 import numpy as np
@@ -96,6 +98,14 @@ class BenignText:
         """Each text on its own."""
         rows = [torch.tensor(model.tokenizer(text).input_ids[: 2 * CONTEXT_LENGTH]) for text in texts]
         return cls(model, [row for row in rows if len(row) > 1], layer)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the model and the tokens."""
+        digest = sha256(f"{self._model.fingerprint} {self._model.model.dtype}".encode())
+        for batch in self._batches:
+            digest.update(repr(batch.tokens.tolist()).encode())
+        return digest.hexdigest()
 
     @property
     def num_texts(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -51,6 +51,18 @@ class Arms:
 
     directory: Path | None
 
+    def number(self, terms: object, compute: Callable[[], float]) -> float:
+        """What ``compute`` gave when it was last asked with these terms."""
+        if self.directory is None:
+            return compute()
+        path = self.directory / "numbers.json"
+        known: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        key = _key(terms)
+        if key not in known:
+            known[key] = compute()
+            self._write(path, known)
+        return known[key]
+
     def continuations(
         self, model: LoadedModel, treatment: Treatment, prompts: Sequence[Prompt], seeds: Sequence[int], title: str
     ) -> list[Continuation]:
@@ -58,16 +70,23 @@ class Arms:
         if self.directory is None:
             return continue_prompts(model, treatment, prompts, seeds, title)
         terms = (model.fingerprint, str(model.model.dtype), treatment.key, digest(prompts), list(seeds), MAX_TOKENS)
-        path = self.directory / f"{hashlib.sha256(repr(terms).encode()).hexdigest()[:24]}.json"
+        path = self.directory / f"{_key(terms)}.json"
         if path.exists():
             rows = json.loads(path.read_text(encoding="utf-8"))
             return [Continuation(**{**row, "token_ids": tuple(row["token_ids"])}) for row in rows]
         continuations = continue_prompts(model, treatment, prompts, seeds, title)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps([asdict(c) for c in continuations]), encoding="utf-8")
-        partial.replace(path)
+        self._write(path, [asdict(continuation) for continuation in continuations])
         return continuations
+
+    def _write(self, path: Path, content: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        partial.replace(path)
+
+
+def _key(terms: object) -> str:
+    return hashlib.sha256(repr(terms).encode()).hexdigest()[:24]
 
 
 def continue_prompts(

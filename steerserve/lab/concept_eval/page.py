@@ -25,6 +25,7 @@ def render_card(pack: ConceptPack) -> str:
 def plane(evaluation: dict[str, Any]) -> Figure:
     """Rate against KL on benign text, every arm with both 95 % intervals; a line joins the Pareto front."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     arms = evaluation["arms"]
     figure = Figure(figsize=(8, 4.6))
@@ -42,7 +43,11 @@ def plane(evaluation: dict[str, Any]) -> Figure:
         _method(axes, members, floor, method, MARKERS[index % len(MARKERS)], COLOURS[index % len(COLOURS)])
     front = {arm["name"]: arm["steering"] for arm in arms if arm["name"] in evaluation["front"]}
     points = [(max(s["kl"]["value"], floor), 100 * s["rate"]["value"]) for s in front.values()]
-    axes.plot(*zip(*sorted(points), strict=True), color="#8b8d98", linewidth=1, zorder=0) if points else None
+    if points:
+        axes.plot(*zip(*sorted(points), strict=True), color="#8b8d98", linewidth=1, zorder=0)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda kl, _: f"{kl:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("KL on benign text, nats per token")
     axes.set_ylabel("continuations that show the concept, %")
     axes.set_ylim(bottom=0)

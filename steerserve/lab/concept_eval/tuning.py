@@ -9,11 +9,12 @@ from itertools import groupby
 from rich.console import Console
 
 from steerserve.lab.concept_eval.matching import KnobMatcher, Match
-from steerserve.lab.concept_eval.methods import NOTHING, POLICY, Method
+from steerserve.lab.concept_eval.methods import NOTHING, POLICY, RANDOM, Method
 from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.lab.concept_eval.trial import Direction, Trial
 
 OWN = "its own"
+EQUAL_NORM = "equal norm"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,19 @@ class Tuner:
 
     def kl(self, treatment: Treatment) -> float:
         """Mean KL per benign token."""
-        return self._trial.benign.read(treatment).mean_kl
+        benign, arms = self._trial.benign, self._trial.setting.arms
+        return arms.number(("kl", benign.sha256, treatment.key), lambda: benign.read(treatment).mean_kl)
+
+    def edit_size(self, treatment: Treatment) -> float:
+        """Mean |x' − x| / |x| over benign tokens."""
+        benign, arms = self._trial.benign, self._trial.setting.arms
+        return arms.number(("edit", benign.sha256, treatment.key), lambda: benign.read(treatment).mean_relative_edit)
+
+    def equal_norm(self, method: Method, other: Treatment) -> Arm:
+        """The method with edits as large as the other's on average; its knob multiplies them."""
+        knob = self.edit_size(other) / self.edit_size(method.treatment(1.0))
+        treatment = method.treatment(knob)
+        return Arm(method, treatment, EQUAL_NORM, Match(knob, self.kl(treatment), True))
 
     def arm(self, method: Method, budget: str, kl: float) -> Arm:
         """The method with its knob at ``kl``; without a knob, as it is."""
@@ -91,6 +104,8 @@ def plan_arms(tuner: Tuner, methods: Sequence[Method], ladder: Sequence[float]) 
     others = [method for method in methods if method is not policy]
     for _, group in groupby(others, key=lambda method: method.name):
         method = tuner.choose(list(group), budget)
+        if method.name == RANDOM:
+            yield tuner.equal_norm(method, treatment)
         if method.knob is not None:
             yield from (tuner.arm(method, _times(factor), factor * budget) for factor in ladder)
             continue

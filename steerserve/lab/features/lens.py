@@ -61,7 +61,7 @@ class LogitLens:
 
 def token_texts(model: LoadedModel, ids: list[int]) -> list[str]:
     """The text of each token by itself, its leading space included."""
-    tokenizer = model.tokenizer
+    tokenizer: Any = model.tokenizer
     texts: list[str] = tokenizer.batch_decode([[token] for token in ids], clean_up_tokenization_spaces=False)
     pieces: list[str] = tokenizer.convert_ids_to_tokens(ids)
     return [

@@ -23,9 +23,9 @@ class Neighbours:
 
 
 def correlated(activations: scipy.sparse.csr_array, features: torch.Tensor, k: int) -> Neighbours:
-    """Others with the largest Pearson correlation over the positions ``[m, d_sae]``, those where neither fires included.
+    """Others with the largest Pearson correlation over the positions of ``activations`` ``[m, d_sae]``.
 
-    A feature that never fires there has correlation 0 with all.
+    Positions where neither fires count. A feature that never fires there has correlation 0 with all.
     """
     num_positions = activations.shape[0]
     mean = np.asarray(activations.mean(axis=0)).ravel()

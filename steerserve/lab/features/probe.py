@@ -57,7 +57,7 @@ class Prober:
         return CleanRun(seen[self._sae.site], log_probs)
 
     def probe(self, positions: torch.Tensor, edits: torch.Tensor) -> torch.Tensor:
-        """log P(next token) ``[K, V]`` after ``positions`` ``[K]``, each with its edit ``[K, d_out]`` at ``out_site``."""
+        """log P(next token) ``[K, V]`` after ``positions`` ``[K]``, each with its edit ``[K, d_out]``."""
         rows = torch.arange(1, len(positions) + 1, dtype=torch.int32)
         table = self._store.block_table
         table[1 : len(positions) + 1] = table[0]

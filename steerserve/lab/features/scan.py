@@ -22,7 +22,7 @@ BEFORE, AFTER = 14, 8
 NUM_TOP, NUM_SAMPLED = 24, 64
 BINS_PER_OCTAVE = 4
 LOWEST_BIN, NUM_BINS = -64, 160
-"""Histogram bin b counts activations in [2^(b/4), 2^((b+1)/4)), from 2^-16 to 2^24; what lies outside is put at an end."""
+"""Histogram bin b counts activations in [2^(b/4), 2^((b+1)/4)), from 2^-16 to 2^24; others go to an end."""
 
 CORRELATION_POSITIONS = 100_000
 ELEMENTS_AT_ONCE = 1 << 25
@@ -177,7 +177,8 @@ def _rank_in_group(sorted_groups: torch.Tensor) -> torch.Tensor:
     """``[n]`` place of each entry in its run of equal values."""
     _, counts = sorted_groups.unique_consecutive(return_counts=True)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return torch.arange(len(sorted_groups)) - first
+    rank: torch.Tensor = torch.arange(len(sorted_groups)) - first
+    return rank
 
 
 def _windows(f: torch.Tensor, row: torch.Tensor, feature: torch.Tensor) -> torch.Tensor:
@@ -187,4 +188,5 @@ def _windows(f: torch.Tensor, row: torch.Tensor, feature: torch.Tensor) -> torch
     inside = (position >= 0) & (position < length)
     around = f[(row // length)[:, None], position.clamp(0, length - 1), feature[:, None]]
     limit = torch.finfo(torch.float16).max
-    return (around * inside).clamp(max=limit).half()
+    windows: torch.Tensor = (around * inside).clamp(max=limit).half()
+    return windows

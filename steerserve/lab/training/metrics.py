@@ -88,9 +88,9 @@ def plot_metrics(directory: Path) -> None:
 
     metrics = read_metrics(directory)
     steps = [line.step for line in metrics]
-    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure = Figure(figsize=(11, 6))
     names = ("loss", "fvu", "l0", "dead_share", "threshold", "learning_rate")
-    for axes, name in zip(figure.subplots(2, 3).flat, names, strict=True):
+    for axes, name in zip(figure.subplots(2, 3, gridspec_kw={"hspace": 0.35}).flat, names, strict=True):
         axes.plot(steps, [getattr(line, name) for line in metrics])
         axes.set_title(name)
         axes.grid(alpha=0.3)

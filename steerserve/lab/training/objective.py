@@ -119,7 +119,7 @@ class Objective(nn.Module, Generic[Config]):
         """``[n, d_sae]``."""
         with torch.autocast(x.device.type, torch.bfloat16):
             product = (x if self.transcodes else x - self.b_dec) @ self.encoder()
-        return product.float() + self.b_enc
+        return product.float().add_(self.b_enc)  # in place, as there is no larger tensor
 
     def encoder(self) -> torch.Tensor:
         """``[d_in, d_sae]``."""
@@ -132,7 +132,7 @@ class Objective(nn.Module, Generic[Config]):
     @torch.no_grad()
     def _note_firing(self, f: torch.Tensor) -> None:
         self.rows_since_fired += len(f)
-        self.rows_since_fired[(f > 0).any(0)] = 0
+        self.rows_since_fired[f.amax(0) > 0] = 0
 
     @torch.no_grad()
     def keep_decoder_gradient_tangent(self) -> None:

@@ -79,7 +79,7 @@ def run_settings(store: ActivationStore, config: TrainConfig) -> dict[str, Any]:
         "site": str(store.site),
         "out_site": str(store.out_site),
         "model_fingerprint": store.manifest.model_fingerprint,
-        "num_rows": store.manifest.num_rows,
+        "harvested_rows": store.manifest.num_rows,
         "held_out_rows": store.held_out_rows,
     }
 

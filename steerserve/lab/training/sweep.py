@@ -147,7 +147,7 @@ def _plot(runs: Sequence[FinishedRun], path: Path) -> None:
     by_architecture: dict[str, list[HeldOutFigures]] = defaultdict(list)
     for finished in runs:
         by_architecture[finished.settings["architecture"]].append(finished.figures)
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Figure(figsize=(7, 5))
     axes = figure.subplots()
     for architecture, figures in by_architecture.items():
         axes.plot([f.l0 for f in figures], [f.fvu for f in figures], "o", label=architecture)

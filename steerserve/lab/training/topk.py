@@ -25,7 +25,7 @@ AnyBatchTopK = TypeVar("AnyBatchTopK", bound=BatchTopKConfig)
 
 class _TopKBase(Objective[AnyTopK]):
     def pre_activation(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(super().pre_activation(x))
+        return super().pre_activation(x).relu_()
 
     def loss(self, forward: Forward) -> torch.Tensor:
         return forward.fvu + self.config.aux_coefficient * self.auxiliary_loss(forward)
@@ -65,11 +65,11 @@ class _BatchTopKBase(_TopKBase[AnyBatchTopK]):
         cutoff = self._cutoff(pre.detach(), self.config.k * len(pre))
         decay = self.config.threshold_decay
         self.threshold = torch.where(self.threshold.isnan(), cutoff, decay * self.threshold + (1 - decay) * cutoff)
-        return pre * (pre >= cutoff)
+        return torch.where(pre >= cutoff, pre, 0.0)
 
     def _cutoff(self, pre: torch.Tensor, count: int) -> torch.Tensor:
         """The ``count``-th largest entry; searches the few above half the running threshold first."""
-        candidates = pre[pre > 0.5 * self.threshold]
+        candidates = pre.masked_select(pre > 0.5 * self.threshold)
         if len(candidates) >= count:
             return torch.kthvalue(candidates, len(candidates) - count + 1).values
         return torch.kthvalue(pre.flatten(), pre.numel() - count + 1).values

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from steerserve.lab.activations import activations_of, ordinary_rows
-from steerserve.lab.effects import Completions, FitConfig, TextBatch, attribute, fit_clamps, tokenize
+from steerserve.lab.concept_build.completions import Completions, TextBatch, tokenize
+from steerserve.lab.concept_build.effects import attribute, measure_effects
+from steerserve.lab.concept_build.fitting import FitConfig, fit_values
+from steerserve.lab.concept_build.site_rows import SiteRows
 from steerserve.lab.lexicon import Lexicon
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
-from steerserve.types import Site, Stream
+from steerserve.types import Op, Site, Stream
 
 SITE = Site(1, Stream.RESID_POST)
 LEXICON = Lexicon(frozenset({"duck", "x"}))
@@ -93,7 +97,8 @@ def test_attribution_is_the_derivative_of_the_log_probability(
 ) -> None:
     """Scaling a feature by 1 ± ε moves log P(completing token) by ± ε times its effect: same sign, same size."""
     batch = tokenize(tiny, TEXTS)
-    effect = attribute(tiny, random_sae, TEXTS, completions)
+    (attribution,) = attribute(tiny, [random_sae], TEXTS, completions)
+    effect = attribution.effect
     x = activations_of(tiny, batch.tokens, (SITE,))[SITE]
     keep = ordinary_rows(x) & batch.real
     f = random_sae.encode(x) * keep[..., None]
@@ -106,12 +111,39 @@ def test_attribution_is_the_derivative_of_the_log_probability(
     assert (measured > 0.01).sum() > 3
     assert (measured < -0.01).sum() > 3
     torch.testing.assert_close(effect, measured, rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(attribution.max_activation, f.flatten(0, 1).amax(0))
+    assert attribution.by_text.shape == (len(TEXTS), random_sae.d_sae)
+    assert not attribution.by_text[4].any(), "no word in the last text"
 
 
 def test_attribution_sums_over_batches(tiny: LoadedModel, random_sae: SAE, completions: Completions) -> None:
     """Mean per completed word, however the texts are batched, as long as all rows are ordinary."""
-    once = attribute(tiny, random_sae, TEXTS, completions)
-    torch.testing.assert_close(attribute(tiny, random_sae, TEXTS * 3, completions, batch_size=5), once)
+    (once,) = attribute(tiny, [random_sae], TEXTS, completions)
+    (thrice,) = attribute(tiny, [random_sae], TEXTS * 3, completions, batch_size=5)
+    torch.testing.assert_close(thrice.effect, once.effect)
+
+
+def test_several_saes_are_attributed_at_once(tiny: LoadedModel, random_sae: SAE, completions: Completions) -> None:
+    early = replace(random_sae, site=Site(0, Stream.RESID_POST))
+    both = attribute(tiny, [early, random_sae], TEXTS, completions)
+    for one, sae in zip(both, [early, random_sae], strict=True):
+        (alone,) = attribute(tiny, [sae], TEXTS, completions)
+        torch.testing.assert_close(one.effect, alone.effect)
+    assert not torch.equal(both[0].effect, both[1].effect)
+
+
+def test_measured_effects_are_what_each_edit_does(tiny: LoadedModel, random_sae: SAE, completions: Completions) -> None:
+    rows = rows_of(random_sae)
+    value = torch.full((16,), -3.0)
+    texts = [TEXTS[i % 4 : i % 4 + 2] for i in range(16)]
+    changes = measure_effects(tiny, rows, Op.CLAMP, value, texts, completions)
+    for index in range(16):
+        batch = tokenize(tiny, texts[index])
+        edit = clamped(random_sae, [index], value[:1])
+        before, after = (mean_log_probability(tiny, batch, completions, each) for each in (lambda x: x, edit))
+        assert changes[index].item() == pytest.approx(after - before, abs=1e-4)
+    assert (changes < -0.05).any()
+    assert (changes > 0.05).any()
 
 
 def completion_probability(
@@ -135,10 +167,14 @@ def clamped(sae: SAE, features: list[int], value: torch.Tensor) -> Callable[[tor
     return edit
 
 
+def rows_of(sae: SAE) -> SiteRows:
+    return SiteRows.of_sae(sae, list(range(16)), torch.full((16,), 2.0))
+
+
 def fit(model: LoadedModel, sae: SAE, completions: Completions, config: FitConfig) -> tuple[torch.Tensor, list[float]]:
     probability: list[float] = []
-    value = fit_clamps(
-        model, sae, list(range(16)), torch.full((16,), 2.0), TEXTS[:4], TEXTS[4:], completions, config,
+    (value,) = fit_values(
+        model, [rows_of(sae)], Op.CLAMP, False, (TEXTS[:4], TEXTS[4:]), completions, config,
         lambda step, completing, kl: probability.append(completing),
     )  # fmt: skip
     return value, probability
@@ -180,3 +216,28 @@ def test_the_penalty_holds_everything_else_in_place(
         return float((before.exp() * (before - after)).sum(-1)[batch.real].mean())
 
     assert divergence(10.0) < 0.7 * divergence(0.0)
+
+
+def test_operands_of_several_sites_are_fitted_together(
+    tiny: LoadedModel, random_sae: SAE, completions: Completions
+) -> None:
+    """Raised everywhere, to write the words more often; each site moves, and both together do more than one."""
+    early = replace(random_sae, site=Site(0, Stream.RESID_POST))
+    rows = [rows_of(early), rows_of(random_sae)]
+
+    def raised(parts: list[SiteRows]) -> float:
+        values = fit_values(
+            tiny, parts, Op.ADD, True, (TEXTS,), completions, FitConfig(steps=25, kl_weight=0.0), lambda *_: None
+        )
+        assert all((value != 0).any() for value in values)
+        edits = {
+            part.site: partial(part.edited, op=Op.ADD, value=value) for part, value in zip(parts, values, strict=True)
+        }
+        batch = tokenize(tiny, TEXTS)
+        with torch.no_grad(), transformed(tiny, edits):
+            p = tiny.model(batch.tokens, use_cache=False).logits.softmax(-1)[batch.real]
+        return float(p.masked_fill(~completions.next_mask(batch.tokens[batch.real]), 0).sum(-1).mean())
+
+    plain = completion_probability(tiny, completions, lambda x: x)
+    one, both = raised(rows[1:]), raised(rows)
+    assert plain * 2 < one < both

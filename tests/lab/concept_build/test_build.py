@@ -1,0 +1,190 @@
+"""Packs of a tiny model, end to end: what is written, what is refused, and that the same comes out twice."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from steerserve.errors import AssetError
+from steerserve.lab.concept_build.build import BuildConfig, build_from_direction, build_from_features
+from steerserve.lab.concept_build.concept import Concept
+from steerserve.lab.concept_build.fitting import FitConfig
+from steerserve.lab.concept_build.selection import SelectionConfig
+from steerserve.lab.concept_build.strength import Budget
+from steerserve.lab.concept_eval.judges import Judge
+from steerserve.lab.concept_eval.texts import Labels
+from steerserve.lab.concept_eval.trial import Direction
+from steerserve.models.loading import LoadedModel
+from steerserve.sae.model import SAE
+from steerserve.steering.catalog import Catalog
+from steerserve.steering.compiler import compile_plan
+from steerserve.steering.pack_files import load_pack
+from steerserve.types import ConceptTarget, Guard, GuardAction, Op, Site, SteeringSpec
+
+EARLY, LATE = Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.1.hook_resid_post")
+CONFIG = BuildConfig(
+    SelectionConfig(num_features=6, num_candidates=24, num_detector_features=8, max_texts=60),
+    FitConfig(steps=4, batch_size=4, positions=64),
+    suppressing=(2.0, 0.0),
+    amplifying=(4.0, 1.0),
+    validation_prompts=2,
+    validation_seeds=1,
+)
+GENEROUS = Budget(kl=100.0, perplexity_ratio=None)
+SHORT = Judge("one letter", lambda texts: np.array([any(letter in text for letter in "aeo") for text in texts]))
+"""A random model writes letters enough."""
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One file of labelled texts: those of ``dog`` hold ``duck``."""
+    rng = random.Random(0)
+    words = ["river", "stone", "cloud", "small", "green", "walks"]
+    path = tmp_path_factory.mktemp("texts") / "labelled.jsonl"
+    with path.open("w") as file:
+        for number in range(600):
+            chosen = rng.choices(words, k=5)
+            if number % 2:
+                chosen.insert(rng.randrange(5), "duck")
+            label = "dog" if number % 2 else "other"
+            file.write(json.dumps({"text": f"{' '.join(chosen)} {number}", "label": label}) + "\n")
+    return path
+
+
+@pytest.fixture
+def concept(texts: Path) -> Concept:
+    labels = Labels(frozenset({"dog"}), frozenset({"other"}))
+    return Concept("duck", Direction.SUPPRESS, [texts], [texts], GENEROUS, labels, judge=SHORT)
+
+
+@pytest.fixture
+def saes(random_sae: SAE) -> list[SAE]:
+    """Given out of order."""
+    return [random_sae, replace(random_sae, name="early", site=EARLY, sha256="b" * 64)]
+
+
+def test_a_pack_of_several_sites_is_built_and_served(
+    tiny: LoadedModel, saes: list[SAE], concept: Concept, tmp_path: Path
+) -> None:
+    console = Console(record=True, quiet=True)
+    pack = build_from_features(tiny, saes, concept, CONFIG, tmp_path / "one", console)
+    assert pack.edited_sites == (EARLY, LATE)
+    assert pack.card.saes[str(EARLY)].name == "early"
+    assert pack.card.policy.op is Op.CLAMP
+    t = pack.tensors
+    assert t.edited.sum() == 6
+    for row in np.flatnonzero(t.edited):
+        sae = {0: saes[1], 1: saes[0]}[int(t.site[row])]
+        np.testing.assert_allclose(t.W_dec[row], sae.W_dec[t.feature_ids[row]], rtol=1e-6)
+    assert (t.value[~t.edited] == 0).all()
+    assert (t.value[t.edited] < 0).all(), "strength 2 lowers every operand below 0"
+    data = pack.card.data
+    assert data["words"] == {"learned": ["duck"]}
+    assert data["strength"] == 2.0
+    assert data["validation"]["kl"]["value"] > 0
+    assert data["labels"] == {"positive": ["dog"], "negative": ["other"]}
+    assert 230 < data["texts"]["train"]["positive"] < 300
+    detector = pack.card.detector
+    assert max(detector.auroc_probe, detector.auroc_features) > 0.9
+    assert {"probe": detector.auroc_probe, "features": detector.auroc_features}[detector.kind] == max(
+        detector.auroc_probe, detector.auroc_features
+    )
+    catalog = Catalog.load(tiny, packs=[str(tmp_path / "one")])
+    guard = Guard(ConceptTarget("duck"), detector.threshold, GuardAction.FLAG)
+    plan = compile_plan(SteeringSpec(guards=(guard,)), ("duck",), catalog)
+    assert [i.site for i in plan.interventions if i.source != "request"] == [EARLY, LATE]
+
+
+def test_the_same_inputs_give_the_same_bytes(
+    tiny: LoadedModel, saes: list[SAE], concept: Concept, tmp_path: Path
+) -> None:
+    hashes = {
+        build_from_features(tiny, given, concept, CONFIG, tmp_path / name, Console(quiet=True)).sha256
+        for name, given in (("one", saes), ("other", saes[::-1]))
+    }
+    assert len(hashes) == 1
+
+
+def test_amplifying_adds_and_obeys_the_budget(
+    tiny: LoadedModel, saes: list[SAE], concept: Concept, tmp_path: Path
+) -> None:
+    order = replace(concept, direction=Direction.AMPLIFY)
+    strong = build_from_features(tiny, saes, order, CONFIG, tmp_path / "strong", Console(quiet=True))
+    assert strong.card.policy.op is Op.ADD
+    assert strong.card.data["strength"] == 4.0
+    spent = strong.card.data["validation"]["kl"]["value"]
+    thrifty = replace(order, budget=Budget(spent / 2, None))
+    weak = build_from_features(tiny, saes, thrifty, CONFIG, tmp_path / "weak", Console(quiet=True))
+    assert weak.card.data["strength"] == 1.0
+    np.testing.assert_allclose(4 * weak.tensors.value, strong.tensors.value, rtol=1e-5)
+    impossible = replace(order, budget=Budget(0.0, None))
+    kept = build_from_features(tiny, saes, impossible, CONFIG, tmp_path / "kept", Console(quiet=True))
+    assert kept.card.data["validation"] is None, "the card does not claim a budget that was not kept"
+
+
+@pytest.mark.parametrize(("direction", "op"), [(Direction.SUPPRESS, Op.CLIP), (Direction.AMPLIFY, Op.ADD)])
+@pytest.mark.parametrize("strengths", [(0.0,), (1.0,)])
+def test_a_direction_is_the_unit_difference_of_means(
+    direction: Direction, op: Op, strengths: tuple[float, ...], tiny: LoadedModel, concept: Concept, tmp_path: Path
+) -> None:
+    order = replace(concept, direction=direction)
+    config = replace(CONFIG, suppressing=strengths, amplifying=strengths)
+    pack = build_from_direction(tiny, [LATE, EARLY], order, config, tmp_path / "p", Console(quiet=True))
+    assert pack.card.policy.op is op
+    assert pack.card.saes == {}
+    assert pack.edited_sites == (EARLY, LATE)
+    for site in pack.sites:
+        rows = pack.at(site)
+        edited = rows.take(rows.edited)
+        assert len(edited) == 1
+        assert np.linalg.norm(edited.W_dec[0]) == pytest.approx(1, abs=1e-5)
+        np.testing.assert_array_equal(edited.W_enc, edited.W_dec)
+        assert edited.threshold[0] == -np.inf
+        assert edited.feature_ids[0] == -1
+        if op is Op.ADD:
+            assert (edited.value[0] > 0) == (strengths[0] > 0)
+    assert load_pack(tmp_path / "p").sha256 == pack.sha256
+
+
+def test_the_cap_is_where_negative_texts_are(tiny: LoadedModel, concept: Concept, tmp_path: Path) -> None:
+    """One unit of strength lowers it by the distance of the means."""
+    values = []
+    for strength in (0.0, 1.0):
+        config = replace(CONFIG, suppressing=(strength,))
+        pack = build_from_direction(tiny, [LATE], concept, config, tmp_path / str(strength), Console(quiet=True))
+        values.append(float(pack.tensors.value[pack.tensors.edited][0]))
+    gap = build_from_direction(
+        tiny, [LATE], replace(concept, direction=Direction.AMPLIFY), replace(CONFIG, amplifying=(1.0,)),
+        tmp_path / "gap", Console(quiet=True),
+    )  # fmt: skip
+    assert values[0] - values[1] == pytest.approx(float(gap.tensors.value[gap.tensors.edited][0]), rel=1e-4)
+
+
+def test_what_nothing_can_be_built_from_is_refused(
+    tiny: LoadedModel, saes: list[SAE], concept: Concept, tmp_path: Path
+) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("\n".join(f"a duck {number}" for number in range(12)))
+    rare = tmp_path / "words.json"
+    rare.write_text('{"selection": {"river": ["rivers"], "duck": ["duck"]}, "held_out": {}}')
+    unlabelled = Labels(frozenset({"cat"}), frozenset({"other"}))
+    for change, complaint in [
+        (
+            {"positive": [few], "labels": Labels()},
+            r"few\.txt: 1\d positive texts in the train split, expected at least 20",
+        ),
+        ({"labels": unlabelled}, "has the label 'cat'; labels there: dog, other"),
+        ({"labels": Labels(frozenset({"other"}), frozenset({"other"}))}, "no word tells"),
+    ]:
+        with pytest.raises(AssetError, match=complaint):
+            build_from_features(tiny, saes, replace(concept, **change), CONFIG, tmp_path / "p", Console(quiet=True))
+    with pytest.raises(AssetError, match="random and again are both SAEs"):
+        twice = [saes[0], replace(saes[0], name="again")]
+        build_from_features(tiny, twice, concept, CONFIG, tmp_path / "p", Console(quiet=True))
+    assert not (tmp_path / "p").exists()

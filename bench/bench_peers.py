@@ -45,7 +45,7 @@ from steerserve import Site
 from steerserve.config import EngineConfig
 from steerserve.engine.engine import Engine
 from steerserve.models.loading import LoadedModel
-from steerserve.sae.saelens import load_sae
+from steerserve.sae.registry import load_sae
 from steerserve.steering.catalog import ASSETS, Catalog
 
 PROMPT_LENGTH, NUM_TOKENS = 16, 16

@@ -26,7 +26,7 @@ from workload import MODEL, features_of_row, random_sae, small_edits
 
 from steerserve import Site, SteerserveClient
 from steerserve.models.pull import pull
-from steerserve.sae.saelens import save_sae
+from steerserve.sae.formats.saelens import save_sae
 
 NUM_FEATURES = 64
 CONCURRENCIES = (1, 4, 16)

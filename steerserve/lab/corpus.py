@@ -39,7 +39,7 @@ class Split(StrEnum):
 
 @dataclass(frozen=True)
 class Document:
-    """One text; ``label`` is empty where the file has none."""
+    """One text; its ``label``, or where it has none its ``source``, or nothing."""
 
     text: str
     label: str = ""
@@ -113,7 +113,7 @@ class Corpus:
 
 
 def read_documents(paths: Iterable[Path], split: Split) -> list[Document]:
-    """All documents of ``split``, in the order of ``Corpus``; the field of a text is ``text``, of a label ``label``.
+    """All documents of ``split``, in the order of ``Corpus``; the field of a text is ``text``, of a label ``label`` or ``source``.
 
     Raises:
         AssetError: as ``Corpus``, but a split may be empty.
@@ -224,4 +224,4 @@ def _document(record: Any, text_field: str) -> Document | None:
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         return None
     record[text_field].encode()
-    return Document(record[text_field], str(record.get("label", "")))
+    return Document(record[text_field], str(record.get("label", record.get("source", ""))))

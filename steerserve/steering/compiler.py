@@ -255,7 +255,9 @@ def _site_plan(place: Place, members: Sequence[NumberedEdit]) -> SitePlan:
         stage=place[1],
         rows=rows,
         row=row,
-        op=np.concatenate([_op_codes(edit, rows.threshold[[index[key] for key in edit.target.keys]]) for edit in chosen]),
+        op=np.concatenate(
+            [_op_codes(edit, rows.threshold[[index[key] for key in edit.target.keys]]) for edit in chosen]
+        ),
         value=np.array([value for edit in chosen for value in edit.value], dtype=np.float32),
         intervention=np.repeat(np.array(numbers, dtype=np.int32), counts),
         score_index=np.repeat(np.array([edit.score for edit in chosen], dtype=np.int32), counts),

@@ -12,7 +12,7 @@ from kernel_cases import BUILT_IN, DTYPES, assert_compiles, assert_same_bits, de
 from kernel_formulas import assert_is_the_formula
 
 from steerserve.kernels.sae_decode import sae_decode, sae_decode_ref
-from steerserve.sae.saelens import load_sae
+from steerserve.sae.registry import load_sae
 
 KERNELS = [sae_decode, sae_decode_ref]
 

@@ -12,7 +12,7 @@ from kernel_cases import BUILT_IN, DTYPES, Call, assert_compiles, assert_same_bi
 from kernel_formulas import assert_encoded_exactly, assert_is_the_formula
 
 from steerserve.kernels.sae_encode import SparseFeatures, sae_encode, sae_encode_ref
-from steerserve.sae.saelens import load_sae
+from steerserve.sae.registry import load_sae
 
 KERNELS = [sae_encode, sae_encode_ref]
 

@@ -16,7 +16,7 @@ from steerserve.kernels.sae_decode import sae_decode
 from steerserve.kernels.sae_encode import SparseFeatures, sae_encode
 from steerserve.kernels.sae_splice import sae_splice_, sae_splice_ref_
 from steerserve.kernels.steer_delta import Normalization, OpCode
-from steerserve.sae.saelens import load_sae
+from steerserve.sae.registry import load_sae
 
 KERNELS = [sae_splice_, sae_splice_ref_]
 

@@ -16,7 +16,7 @@ from steerserve.lab.corpus import Split
 from steerserve.lab.lexicon import Lexicon
 from steerserve.lab.manifest import Manifest
 from steerserve.models.loading import load_model
-from steerserve.sae.saelens import load_sae
+from steerserve.sae.registry import load_sae
 from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack
 from steerserve.types import Op, Site, Stream
 

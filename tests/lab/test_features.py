@@ -278,6 +278,7 @@ def test_the_page_and_the_json_hold_the_same(tiny: LoadedModel, random_sae: SAE,
     assert sum(by_id["histogram"]["counts"]) == seen.fired.max()
 
 
+@pytest.mark.slow
 def test_ten_thousand_features_stay_small(tiny: LoadedModel, random_sae: SAE, seen: Scan) -> None:
     content = report.features_json(tiny, random_sae, findings(tiny, random_sae, seen))
     rng = np.random.default_rng(0)

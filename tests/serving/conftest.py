@@ -26,8 +26,8 @@ from steerserve import SteerserveClient
 from steerserve.config import EngineConfig, ServerConfig
 from steerserve.engine.engine import Engine
 from steerserve.models.loading import checkpoint_fingerprint
+from steerserve.sae.formats.saelens import save_sae
 from steerserve.sae.model import SAE
-from steerserve.sae.saelens import save_sae
 from steerserve.serving.app import Server, load_engine
 from steerserve.steering.pack_files import save_pack
 from steerserve.steering.packs import DetectorCard, ModelRef, PackCard, PackTensors, PolicyAction

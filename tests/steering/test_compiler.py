@@ -86,6 +86,22 @@ def test_a_policy_whose_op_takes_no_value_ignores_the_packs(op, code, catalog, m
     assert (part.op.tolist(), part.value.tolist()) == ([code] * 2, [0, 0])
 
 
+def test_a_policys_clip_leaves_inactive_features_alone(catalog, make_pack) -> None:
+    """Where a feature reads 0, the kernel's clip would push it down to a cap below 0; a request may ask for that."""
+    pack = make_pack(policy=PolicyAction(op=Op.CLIP))
+    tensors = replace(pack.tensors, value=np.array([-1, 2], np.float32))
+    plain = replace(catalog, packs={"mood": replace(pack, tensors=tensors)})
+    (part,) = compile_plan(spec(), ("mood",), plain).sites
+    assert part.op.tolist() == [OpCode.CLAMP, OpCode.CLIP]
+    direction_row = replace(tensors, threshold=np.array([-np.inf, 0.1], np.float32))
+    (part,) = compile_plan(
+        spec(), ("mood",), replace(plain, packs={"mood": replace(pack, tensors=direction_row)})
+    ).sites
+    assert part.op.tolist() == [OpCode.CLIP, OpCode.CLIP], "a direction is active everywhere"
+    (part,) = compile_plan(spec(concept(Op.CLIP, -1.0)), (), plain).sites
+    assert part.op.tolist() == [OpCode.CLIP, OpCode.CLIP]
+
+
 def test_gram_gives_the_length_of_an_edit(catalog, sae) -> None:
     (part,) = compile_plan(spec(feature(2), concept(), feature(5)), (), catalog).sites
     single, pair = part.segments

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from steerserve.errors import AssetError, IncompatibleError
-from steerserve.sae.saelens import save_sae
+from steerserve.sae.formats.saelens import save_sae
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.pack_files import load_pack, save_pack
 from steerserve.steering.packs import PackTensors

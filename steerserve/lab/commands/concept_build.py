@@ -36,9 +36,7 @@ def build_command(
     negative: Annotated[list[Path], typer.Option(help="Texts that do not; may be the same file; repeatable.")],
     out: Annotated[Path, typer.Option(help="Directory for the pack.")],
     sae: Annotated[list[Path] | None, typer.Option(help="SAE directory, one a site; repeatable.")] = None,
-    site: Annotated[
-        list[str] | None, typer.Option(help="For diff-means: where directions are; repeatable.")
-    ] = None,
+    site: Annotated[list[str] | None, typer.Option(help="For diff-means: where directions are; repeatable.")] = None,
     positive_label: Annotated[list[str] | None, typer.Option(help="Only texts so labelled count; repeatable.")] = None,
     negative_label: Annotated[list[str] | None, typer.Option(help="The same for --negative.")] = None,
     words: Annotated[
@@ -53,8 +51,9 @@ def build_command(
     budget_kl: Annotated[
         float | None, typer.Option(min=0.0, help="KL on negative texts, nats a token. [0.1 to suppress, else 0.5]")
     ] = None,
-    features: Annotated[int, typer.Option(min=1, help="Features to edit, over all sites.")] = 48,
-    fit_steps: Annotated[int, typer.Option(min=1, help="Steps of the fit.")] = 100,
+    features: Annotated[int, typer.Option(min=1, help="Features to edit, over all sites.")] = 128,
+    directions: Annotated[int, typer.Option(min=0, help="Capped directions fitted beside them; none to amplify.")] = 4,
+    fit_steps: Annotated[int, typer.Option(min=1, help="Steps of the fit.")] = 110,
     prompts: Annotated[int, typer.Option(min=1, help="Validation prompts.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Continuations of each.")] = 5,
     model: ModelOption = "smollm2-135m-instruct",
@@ -89,6 +88,7 @@ def build_command(
     config = BuildConfig(
         SelectionConfig(num_features=features),
         FitConfig(steps=fit_steps),
+        directions=directions,
         validation_prompts=prompts,
         validation_seeds=seeds,
     )

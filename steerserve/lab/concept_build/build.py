@@ -17,15 +17,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from steerserve.errors import AssetError
+from steerserve.lab.concept_build.capped import capped_directions
 from steerserve.lab.concept_build.completions import Completions
 from steerserve.lab.concept_build.concept import Concept, Materials
+from steerserve.lab.concept_build.contexts import Contexts, seed_of
 from steerserve.lab.concept_build.detectors import Detector, LabelledTexts, choose_detector
 from steerserve.lab.concept_build.directions import difference_of_means
 from steerserve.lab.concept_build.draft import PackDraft
-from steerserve.lab.concept_build.fitting import FitConfig, fit_values
+from steerserve.lab.concept_build.fitting import FitConfig, Pools, Start, fit_values
 from steerserve.lab.concept_build.selection import SelectionConfig, choose_rows
 from steerserve.lab.concept_build.site_rows import SiteRows
 from steerserve.lab.concept_build.strength import AMPLIFYING, SUPPRESSING, choose_strength
+from steerserve.lab.concept_eval.prompts import candidates
 from steerserve.lab.concept_eval.trial import Direction, Setting, Trial
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
@@ -44,6 +47,8 @@ class BuildConfig:
         suppressing, amplifying: strengths tried, strongest first. To suppress, how far below the fitted operands,
             in multiples of the largest activation, or below a direction's mean, in multiples of the distance of the
             means; to amplify, a factor.
+        directions: fitted beside the features to suppress, at the last site; none to amplify.
+        on_policy_prompts: of positive texts, that the model goes on from once each.
         validation_prompts, validation_seeds: continuations on which strengths are compared; too few, and noise
             picks the strength.
     """
@@ -52,6 +57,8 @@ class BuildConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     suppressing: tuple[float, ...] = SUPPRESSING
     amplifying: tuple[float, ...] = AMPLIFYING
+    directions: int = 4
+    on_policy_prompts: int = 600
     validation_prompts: int = 100
     validation_seeds: int = 5
 
@@ -61,7 +68,8 @@ def build_from_features(
 ) -> ConceptPack:
     """Choose features of the SAEs by effect, fit and calibrate their operands, write the pack.
 
-    To suppress, features are clamped where they are active; to amplify, added to everywhere.
+    To suppress, features are capped where they are active, and a few directions beside them; to amplify, features
+    are raised everywhere.
 
     Raises:
         AssetError: texts or words that nothing can be learned from, or two SAEs of one site.
@@ -78,23 +86,59 @@ def build_from_features(
     if not completions:
         raise AssetError(f"none of the concept's {len(materials.words.forms)} words is completed in the train texts")
     amplify = concept.direction is Direction.AMPLIFY
-    op = Op.ADD if amplify else Op.CLAMP
-    selection = choose_rows(model, saes, op, train, completions, config.selection)
+    op = Op.ADD if amplify else Op.CLIP
+    pools = _pools(model, materials, saes[0].site.layer, config)
+    selection = choose_rows(model, saes, op, train, pools.drawing[0], completions, config.selection)
     for part in selection.edited:
         console.print(f"features at {part.site}, largest effect first: {list(part.feature_ids)}")
-    value = _fit(model, selection.edited, op, materials, completions, config.fit)
+    starts = [Start(part, torch.zeros(len(part)), part.max_activation) for part in selection.edited]
+    if config.directions and not amplify:
+        starts[-1] = _with_directions(model, starts[-1], selection.gradients, train.negative, config.directions)
+    fitted = _fit(model, starts, op, amplify, pools, completions, config.fit)
     detector = _detector(model, [sae.site for sae in saes], selection.detector, materials, config, console)
     draft = PackDraft(
         concept.name,
-        f"SAE features that make the model write {concept.name}, {'raised' if amplify else 'clamped where active'}.",
+        f"SAE features that make the model write {concept.name}, {'raised' if amplify else 'capped where active'}.",
         op,
         concept.direction,
-        selection.edited,
-        value,
-        [part.max_activation for part in selection.edited],
+        [rows for rows, _ in fitted],
+        [value for _, value in fitted],
+        [_steps(rows) for rows, _ in fitted],
         detector,
     )
     return _finish(model, draft, materials, config, {"effect": selection.effect}, directory, console)
+
+
+def _pools(model: LoadedModel, materials: Materials, layer: int, config: BuildConfig) -> Pools:
+    """The contexts of the fit; those that features are ranked on come first.
+
+    To suppress, what the model itself writes of positive texts, and these; to amplify, texts of both kinds.
+    """
+    concept, limit = materials.concept, config.selection.max_texts
+    positive = Contexts.of_texts(model, materials.train.positive[:limit], layer)
+    negative = Contexts.of_texts(model, materials.train.negative[:limit], layer)
+    if concept.direction is Direction.AMPLIFY:
+        return Pools([positive, negative], negative)
+    prompts = candidates(model, materials.train.positive[: config.on_policy_prompts], concept.chat)
+    written = Contexts.on_policy(model, prompts, seed_of(materials.train.positive), layer)
+    return Pools([written, positive], negative)
+
+
+def _with_directions(
+    model: LoadedModel, start: Start, gradients: torch.Tensor, benign: Sequence[str], count: int
+) -> Start:
+    """Capped directions beside the features of a site, on the same domain."""
+    capped = capped_directions(model, start.rows.site, gradients, benign, count, float(start.rows.max_norm[0]))
+    return Start(
+        start.rows.joined(capped.rows),
+        torch.cat([start.value, capped.value]),
+        torch.cat([start.scale, capped.scale]),
+    )
+
+
+def _steps(rows: SiteRows) -> torch.Tensor:
+    """Strength moves features; the caps of directions stay where they were fitted."""
+    return rows.max_activation * torch.tensor([float(feature >= 0) for feature in rows.feature_ids])
 
 
 def build_from_direction(
@@ -139,21 +183,20 @@ def _freeze(model: LoadedModel) -> None:
 
 def _fit(
     model: LoadedModel,
-    rows: Sequence[SiteRows],
+    starts: Sequence[Start],
     op: Op,
-    materials: Materials,
+    amplify: bool,
+    pools: Pools,
     completions: Completions,
     config: FitConfig,
-) -> list[torch.Tensor]:
-    amplify = materials.concept.direction is Direction.AMPLIFY
-    pools = (materials.train.positive, materials.train.negative)
+) -> list[tuple[SiteRows, torch.Tensor]]:
     with Progress() as progress:
         task = progress.add_task("fit", total=config.steps)
 
-        def report(step: int, completing: float, kl: float) -> None:
-            progress.update(task, completed=step, description=f"fit  P(word) {completing:.3f}  KL {kl:.4f}")
+        def report(step: int, share: float, kl: float) -> None:
+            progress.update(task, completed=step, description=f"fit  words ×{share:.3f}  KL {kl:.4f}")
 
-        return fit_values(model, rows, op, amplify, pools, completions, config, report)
+        return fit_values(model, starts, op, amplify, pools, completions, config, report)
 
 
 def _detector(

@@ -117,7 +117,9 @@ def fit_values(
         edits = {each.start.rows.site: _edit(each, op) for each in parameters}
         share, words, drawing_kl = 0.0, torch.zeros(()), torch.zeros(())
         for pool in pools.drawing:
-            before, after, listed = _log_probs(model, _draw(pool, config, generator), edits, completions, config, generator)
+            before, after, listed = _log_probs(
+                model, _draw(pool, config, generator), edits, completions, config, generator
+            )
             left = word_probability(after, listed) / word_probability(before, listed).clamp(min=1e-6)
             pull = -(after.exp().masked_fill(~listed, 0).sum(-1) + PROBABILITY_FLOOR).log().mean() if amplify else left
             words = words + pull / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -68,12 +69,12 @@ class SiteRows:
 
     def take(self, index: Sequence[int]) -> SiteRows:
         """Some of the rows, in the order of ``index``."""
-        chosen = {name: getattr(self, name)[list(index)] for name in COLUMNS}
+        chosen: dict[str, Any] = {name: getattr(self, name)[list(index)] for name in COLUMNS}
         return replace(self, feature_ids=tuple(self.feature_ids[i] for i in index), **chosen)
 
     def joined(self, other: SiteRows) -> SiteRows:
         """The rows of both, which are of one site."""
-        columns = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
+        columns: dict[str, Any] = {name: torch.cat([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
         return replace(self, feature_ids=self.feature_ids + other.feature_ids, **columns)
 
     def activations(self, x: torch.Tensor) -> torch.Tensor:

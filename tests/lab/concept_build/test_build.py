@@ -29,10 +29,12 @@ from steerserve.types import ConceptTarget, Guard, GuardAction, Op, Site, Steeri
 
 EARLY, LATE = Site.parse("blocks.0.hook_resid_post"), Site.parse("blocks.1.hook_resid_post")
 CONFIG = BuildConfig(
-    SelectionConfig(num_features=6, num_candidates=24, num_detector_features=8, max_texts=60),
-    FitConfig(steps=4, batch_size=4, positions=64),
+    SelectionConfig(num_features=6, num_candidates=24, num_detector_features=8, num_proof_contexts=2, max_texts=60),
+    FitConfig(steps=4, batch_size=4),
     suppressing=(2.0, 0.0),
     amplifying=(4.0, 1.0),
+    directions=2,
+    on_policy_prompts=4,
     validation_prompts=2,
     validation_seeds=1,
 )
@@ -76,14 +78,17 @@ def test_a_pack_of_several_sites_is_built_and_served(
     pack = build_from_features(tiny, saes, concept, CONFIG, tmp_path / "one", console)
     assert pack.edited_sites == (EARLY, LATE)
     assert pack.card.saes[str(EARLY)].name == "early"
-    assert pack.card.policy.op is Op.CLAMP
+    assert pack.card.policy.op is Op.CLIP
     t = pack.tensors
-    assert t.edited.sum() == 6
-    for row in np.flatnonzero(t.edited):
+    features, directions = (t.edited & of for of in (t.feature_ids >= 0, t.feature_ids < 0))
+    assert (features.sum(), directions.sum()) == (6, 2)
+    assert (t.site[directions] == 1).all(), "at the last site"
+    np.testing.assert_allclose(np.linalg.norm(t.W_dec[directions], axis=1), 1, rtol=1e-5)
+    for row in np.flatnonzero(features):
         sae = {0: saes[1], 1: saes[0]}[int(t.site[row])]
         np.testing.assert_allclose(t.W_dec[row], sae.W_dec[t.feature_ids[row]], rtol=1e-6)
     assert (t.value[~t.edited] == 0).all()
-    assert (t.value[t.edited] < 0).all(), "strength 2 lowers every operand below 0"
+    assert (t.value[features] < 0).all(), "strength 2 lowers every operand below 0"
     data = pack.card.data
     assert data["words"] == {"learned": ["duck"]}
     assert data["strength"] == 2.0

@@ -1,9 +1,9 @@
 """Our trainer against SAELens', on the same stored activations with the same settings: rows per second, and quality.
 
 Both train SAEs of one architecture on the same stream of batches (same order, same rows) with equal d_sae, k, batch
-size, learning rate, warm-up, decay and precision (fp32 weights, bf16 autocast); what else a trainer has is as its
-authors set it. They take turns of ``--turn`` steps: a round is one turn of each, and the ratio of their rows per second
-is taken within it. Reading the batch counts for both; logging and checkpoints for neither.
+size, learning rate, warm-up, decay, averaging of the threshold, and precision (fp32 weights, bf16 autocast); what else
+a trainer has is as its authors set it. They take turns of ``--turn`` steps: a round is one turn of each, and the ratio
+of their rows per second is taken within it. Reading the batch counts for both; logging and checkpoints for neither.
 
 Then both are saved, loaded, and measured on rows that neither saw, with the threshold that is in the file:
 
@@ -147,7 +147,10 @@ def compare(options: argparse.Namespace, architecture: str, report: Report) -> N
     )
     for seed in range(options.seeds):
         settings = {name: getattr(options, name) for name in ("d_sae", "k", "batch_size", "steps", "learning_rate")}
-        config = train_config(architecture, settings | {"seed": seed, "warmup_steps": max(options.steps // 10, 1)})
+        settings |= {"seed": seed, "warmup_steps": max(options.steps // 10, 1)}
+        if architecture == "batchtopk":
+            settings["threshold_decay"] = 1 - PEERS[architecture].topk_threshold_lr
+        config = train_config(architecture, settings)
         assert isinstance(config, TopKConfig)
         store = ActivationStore(options.activations, options.site, seed=seed, held_out_rows=options.held_out_rows)
         measured, saes = train_both(store, config, options.turn)

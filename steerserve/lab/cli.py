@@ -15,7 +15,9 @@ from steerserve.lab.commands.inspect import inspect_command
 from steerserve.lab.commands.sweep import sweep_command
 from steerserve.lab.commands.train import train_command
 
-app = typer.Typer(help="Harvest activations; train, evaluate and interpret SAEs.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Harvest activations; train, evaluate and interpret SAEs.", no_args_is_help=True, add_completion=False
+)
 app.command("harvest")(harvest_command)
 app.command("export")(export_command)
 app.command("train")(train_command)
@@ -25,6 +27,8 @@ app.command("overlap")(overlap_command)
 app.command("features")(features_command)
 app.command("inspect")(inspect_command)
 
-concept_app = typer.Typer(help="Build concept packs, and measure what they do.", no_args_is_help=True, add_completion=False)
+concept_app = typer.Typer(
+    help="Build concept packs, and measure what they do.", no_args_is_help=True, add_completion=False
+)
 concept_app.command("build")(build_command)
 concept_app.command("eval")(eval_pack_command)

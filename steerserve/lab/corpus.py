@@ -113,7 +113,7 @@ class Corpus:
 
 
 def read_documents(paths: Iterable[Path], split: Split) -> list[Document]:
-    """All documents of ``split``, in the order of ``Corpus``; the field of a text is ``text``, of a label ``label`` or ``source``.
+    """All documents of ``split``, in the order of ``Corpus``; fields are ``text`` and ``label``, else ``source``.
 
     Raises:
         AssetError: as ``Corpus``, but a split may be empty.

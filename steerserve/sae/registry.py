@@ -117,6 +117,8 @@ def format_of(path: Path) -> tuple[str, Path]:
     Raises:
         AssetError: nothing there, or no weight file of a known format.
     """
+    if not path.exists():
+        raise AssetError(f"SAE {path} does not exist")
     if path.is_file() and path.suffix == ".pt" and path.name != dictionary_learning.WEIGHTS:
         return "OpenAI", path
     directory = path.parent if path.is_file() else path

@@ -6,19 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner, Result
 
 from steerserve import cli
 from steerserve.lab.corpus import Split
-from steerserve.lab.lexicon import Lexicon
 from steerserve.lab.manifest import Manifest
 from steerserve.models.loading import load_model
 from steerserve.sae.registry import load_sae
-from steerserve.steering.packs import ConceptPack, ModelRef, PackCard, PackTensors, PolicyAction, SAERef, save_pack
-from steerserve.types import Op, Site, Stream
+from steerserve.types import Site, Stream
 
 SITE = "blocks.1.hook_resid_post"
 TRAIN_OPTIONS = ("--d-sae", "64", "--k", "4", "--steps", "6")
@@ -107,8 +104,9 @@ def test_harvesting_again_changes_nothing(model: Path, texts: Path, harvested: P
         (["harvest", "--texts", "{texts}", "--site", "blocks.7.hook_mlp_out", "--out", "x"], "a layer below 3"),
         (["harvest", "--texts", "no.jsonl", "--site", SITE, "--out", "x"], "no.jsonl does not exist"),
         (["train", "--activations", "nothing", "--site", SITE, "--out", "x"], "nothing holds no harvest"),
-        (["eval", "nothing", "--texts", "{texts}", "--activations", "x"], "nothing' is neither a directory nor"),
-        (["card", "nothing", "--harmful", "{texts}", "--benign", "{texts}"], "concept pack nothing: cannot read"),
+        (["eval", "nothing", "--texts", "{texts}", "--activations", "x"], "nothing does not exist"),
+        (["features", "nothing", "--texts", "{texts}"], "nothing does not exist"),
+        (["inspect", "hello", "--sae", "nothing"], "nothing does not exist"),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -138,49 +136,35 @@ def test_an_sae_of_another_model_is_refused(
     tiny_model_dir: Callable[[str], Path], texts: Path, harvested: Path, trained: Path, tmp_path: Path
 ) -> None:
     other = tiny_model_dir("qwen3")  # of the same width
-    evaluation = ("eval", trained, "--texts", texts, "--activations", harvested)
-    concept = ("concept", "mood", "--sae", trained, "--harmful", texts, "--benign", texts, "--out", tmp_path / "mood")
-    for command in (evaluation, concept):
-        result = lab(*command, "--model", other)
+    files = ("--positive", texts, "--negative", texts)
+    for command in (
+        ("lab", "eval", trained, "--texts", texts, "--activations", harvested),
+        ("lab", "inspect", "river", "--sae", trained),
+        ("concept", "build", "mood", "--sae", trained, *files, "--out", tmp_path / "mood"),
+    ):
+        result = CliRunner().invoke(cli.app, [*map(str, command), "--model", str(other)])
         assert result.exit_code == 2
         assert "sae.metadata.model_fingerprint" in result.output
     assert not (tmp_path / "mood").exists()
 
 
-@pytest.fixture
-def pack(model: Path, tmp_path: Path) -> ConceptPack:
-    """One feature that is active wherever the first coordinate is positive."""
-    loaded = load_model(str(model), torch.float32)
-    axis = np.eye(1, 32, dtype=np.float32)
-    zero, one = np.zeros(1, dtype=np.float32), np.ones(1, dtype=np.float32)
-    card = PackCard(
-        name="letters",
-        version="1",
-        description="test",
-        model=ModelRef(name=loaded.name, fingerprint=loaded.fingerprint),
-        sae=SAERef(name="none", sha256="a" * 64),
-        site=SITE,
-        policy=PolicyAction(op=Op.CLAMP),
-        score_threshold=0.5,
-    )
-    tensors = PackTensors(axis, zero, zero, np.full(1, np.inf, np.float32), axis, -one, one, one, np.zeros(1, np.int64))
-    return save_pack(card, tensors, tmp_path / "letters")
+def test_a_pack_that_cannot_be_read_is_not_measured(texts: Path, model: Path) -> None:
+    files = ["--positive", str(texts), "--negative", str(texts), "--model", str(model)]
+    result = CliRunner().invoke(cli.app, ["concept", "eval", "nothing", *files])
+    assert result.exit_code == 2
+    assert "concept pack nothing: cannot read" in result.output
 
 
-def test_card_measures_a_pack(
-    model: Path, pack: ConceptPack, tmp_path: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+def test_features_and_inspect_show_the_same_sae(
+    model: Path, texts: Path, harvested: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """The judge is replaced by one that calls words of one letter profane: a random model writes many."""
-    monkeypatch.setattr(Lexicon, "profanity", staticmethod(lambda *parts: Lexicon(frozenset("abcdefghijklm"))))
-    harmful, benign = tmp_path / "harmful.txt", tmp_path / "benign.txt"
-    harmful.write_text("\n".join(f"{i} b {text}" for i in range(4) for text in sentences))
-    benign.write_text("\n".join(f"{i} {text}" for i in range(4) for text in sentences))
-    options = ("--harmful", harmful, "--benign", benign, "--model", model, "--prompts", "3", "--seeds", "2")
-    result = lab("card", tmp_path / "letters", *options)
+    page = tmp_path / "features.html"
+    result = lab("features", trained, "--activations", harvested, "--model", model, "--out", page)
     assert result.exit_code == 0, result.output
-    card = PackCard.model_validate_json((tmp_path / "letters" / "card.json").read_text())
-    assert card.evaluation["protocol"]["prompts"] == 3
-    assert len(card.evaluation["protocol"]["seeds"]) == 2
-    assert card.evaluation["steering"]["unguarded"]["harm_rate"] > 0
-    assert '"auroc"' in result.output
-    assert card.model_copy(update={"evaluation": {}}) == pack.card
+    features = json.loads(page.with_suffix(".json").read_text())["features"]
+    assert len(features) == 64
+    assert page.read_text().startswith("<!doctype html>")
+
+    result = lab("inspect", "river stone", "--sae", trained, "--model", model, "--replace", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["saes"][0]["site"] == SITE

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from steerserve.errors import AssetError, IncompatibleError
 from steerserve.sae.formats.saelens import save_sae
+from steerserve.steering import catalog as catalog_module
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.pack_files import load_pack, save_pack
 from steerserve.steering.packs import PackTensors
@@ -136,6 +137,15 @@ def test_an_sae_for_another_model_is_refused(change, field, facts, sae, tmp_path
     with pytest.raises(IncompatibleError) as caught:
         Catalog.load(replace(facts, **change), saes=[str(tmp_path / "toy-sae")])
     assert caught.value.field == field
+
+
+def test_an_sae_whose_features_depend_on_one_another_is_not_served(facts, sae, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(catalog_module, "load_sae", lambda path: replace(sae, name=path.name, k=4))
+    (tmp_path / "topk").mkdir()
+    with pytest.raises(IncompatibleError) as caught:
+        Catalog.load(facts, saes=[str(tmp_path / "topk")])
+    assert caught.value.field == "sae"
+    assert "topk is a TopK SAE (k = 4)" in caught.value.expected
 
 
 def test_catalog_loads_by_path_and_refuses_unknown_names_and_doubles(facts, sae, make_pack, tmp_path) -> None:

@@ -23,74 +23,18 @@ from steerserve.models.loading import LoadedModel
 MARGIN = 0.01
 BATCH_SIZE = 50
 
-NAMES = [
-    "Mary",
-    "John",
-    "Tom",
-    "James",
-    "Dan",
-    "Sarah",
-    "Anna",
-    "Mark",
-    "Paul",
-    "Peter",
-    "David",
-    "Michael",
-    "Robert",
-    "Alice",
-    "Emma",
-    "Jack",
-    "Kate",
-    "Laura",
-    "Simon",
-    "Susan",
-    "Lucy",
-    "Adam",
-    "Henry",
-    "George",
-    "Rachel",
-    "Martin",
-    "Jane",
-    "Helen",
-    "Frank",
-    "Steve",
-    "Kevin",
-    "Brian",
-    "Emily",
-    "Jessica",
-    "Andrew",
-    "Daniel",
-    "Matthew",
-    "Lisa",
-]
-PLACES = [
-    "store",
-    "park",
-    "school",
-    "office",
-    "station",
-    "garden",
-    "library",
-    "hospital",
-    "restaurant",
-    "market",
-    "museum",
-    "beach",
-]
-OBJECTS = [
-    "book",
-    "drink",
-    "ring",
-    "letter",
-    "key",
-    "ball",
-    "necklace",
-    "basket",
-    "computer",
-    "kiss",
-    "phone",
-    "ticket",
-]
+NAMES = (
+    "Mary", "John", "Tom", "James", "Sarah", "Anna", "Mark", "Paul", "Peter", "David", "Michael", "Robert", "Alice",
+    "Emma", "Jack", "Kate", "Laura", "Simon", "Susan", "Lucy", "Adam", "Henry", "George", "Rachel", "Martin",
+    "Jane", "Helen", "Frank", "Steve", "Kevin", "Brian", "Emily", "Jessica", "Andrew", "Daniel", "Matthew", "Lisa",
+)  # fmt: skip
+PLACES = (
+    "store", "park", "school", "office", "station", "garden", "library", "hospital", "restaurant", "market",
+    "museum", "beach",
+)  # fmt: skip
+OBJECTS = (
+    "book", "drink", "ring", "letter", "key", "ball", "necklace", "basket", "computer", "kiss", "phone", "ticket",
+)  # fmt: skip
 TEMPLATES = (
     "When {first} and {second} went to the {place}, {subject} gave a {object} to",
     "Then, {first} and {second} had a long argument at the {place}. Afterwards {subject} said to",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from steerserve.errors import AssetError
 from steerserve.lab.concept_build.contrast import auroc, contrast_features, contrast_words
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
+from steerserve.types import Site
 
 COMMON = ["the", "a", "house", "tree", "walks", "green", "seven", "and"]
 
@@ -64,10 +66,6 @@ def test_auroc_is_the_known_one_with_ties() -> None:
 def test_a_feature_that_fires_on_one_letter_is_found(tiny: LoadedModel, random_sae: SAE, token_id) -> None:
     """Feature 5 is made to read the embedding of Z."""
     embedding = tiny.model.get_input_embeddings().weight.detach()
-    from dataclasses import replace
-
-    from steerserve.types import Site
-
     W_enc = random_sae.W_enc.clone()
     unit = embedding[token_id("Z")] / embedding[token_id("Z")].norm()
     W_enc[:, 5] = unit

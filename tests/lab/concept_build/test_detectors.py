@@ -64,8 +64,8 @@ def test_the_probe_wins_where_features_say_nothing(tiny: LoadedModel, random_sae
     check(tiny, detector)
 
 
-def test_features_win_where_the_probe_cannot_see(tiny: LoadedModel, random_sae: SAE, token_id) -> None:
-    """The probe is only given a site at which every activation is the same."""
+def test_the_better_one_is_kept_and_both_are_recorded(tiny: LoadedModel, random_sae: SAE, token_id) -> None:
+    """Labels that say nothing give a bad probe; a feature of the planted letter is perfect."""
     rows = SiteRows.of_sae(feature_of(tiny, random_sae, token_id("Z")), [0, 1], torch.ones(2))
     shuffled = LabelledTexts(TRAIN.negative[:40], TRAIN.negative[40:])
     blind = choose_detector(tiny, [POST], [], shuffled, VALIDATION)
@@ -74,6 +74,7 @@ def test_features_win_where_the_probe_cannot_see(tiny: LoadedModel, random_sae: 
     assert detector.auroc_features == pytest.approx(1.0, abs=0.02)
     kinds = {"probe": detector.auroc_probe, "features": detector.auroc_features}
     assert kinds[detector.kind] == max(kinds.values())
+    check(tiny, detector)
 
 
 def test_a_text_scores_as_its_highest_token_whatever_stands_beside_it(tiny: LoadedModel, random_sae: SAE) -> None:

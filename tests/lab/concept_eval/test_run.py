@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from steerserve.lab.concept_eval.ability import Ability
-from steerserve.lab.concept_eval.card import ArmCard, EvaluationCard, Target, verdicts
+from steerserve.lab.concept_eval.card import ArmCard, Target, verdicts
 from steerserve.lab.concept_eval.continuations import Arms
 from steerserve.lab.concept_eval.judges import Judge
 from steerserve.lab.concept_eval.outcome import Outcome
@@ -101,12 +101,10 @@ def test_an_evaluation_end_to_end(evaluation: Evaluation, tmp_path: Path) -> Non
     assert all(verdict.text.split(":")[0] in page for verdict in card.verdicts if "&" not in verdict.text)
     assert "http" not in page.replace("http-equiv", "")
 
-    again, _ = replace(
-        evaluation, pack=measured
-    ).run()  # a finished evaluation is read back, whatever the card says now
-    assert again.arms == card.arms
-    stored = sorted(path.stat().st_mtime_ns for path in (tmp_path / "arms").iterdir())
-    assert len(stored) == len(set(outcomes)) + 1 + 2 + 1 + 4 + 1 or len(stored) > len(outcomes)
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "arms").iterdir()}
+    again, _ = replace(evaluation, pack=measured).run()  # read back, whatever stands in the card by now
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "arms").iterdir()} == stored
+    assert repr(again) == repr(card)
 
 
 def schema(value: object) -> object:
@@ -154,7 +152,7 @@ GOLDEN = {
             "second": RATES,
             "degeneration": dict.fromkeys(("repetition", "distinct_2", "mean_length", "ended_share"), DEGENERATION),
             "firing_rate": {"tokens": "number", "texts": "number"},
-            "ability": dict.fromkeys(TASKS, {**ABILITY, "non_inferior": "bool", "firing_rate": "number"}),
+            "ability": {task: {**ABILITY, "non_inferior": "bool", "firing_rate": "number"} for task in TASKS},
             "rivals": [{"name": "str", "kl": "number", "difference": "interval", "beats": "bool"}],
             "on_front": "bool",
         }
@@ -245,4 +243,3 @@ def test_outputs_can_be_read_blind(tmp_path: Path) -> None:
     ]
     assert list(key.values()) != sorted(key.values())
     assert "policy" not in text
-    assert not any("EvaluationCard" in name for name in (EvaluationCard.__doc__ or "").split())

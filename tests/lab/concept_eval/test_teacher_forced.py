@@ -120,7 +120,7 @@ def test_scores_and_gates_are_those_of_a_request(tiny: LoadedModel, make_pack: M
     torch.testing.assert_close(scores[..., 0], f @ torch.tensor([0.25, 2.0]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(scores[..., 1], x @ unit, rtol=1e-4, atol=1e-4)
 
-    threshold = float((x @ unit).median())
+    threshold = float((x @ unit).median()) + 0.01
     edit = Intervention(
         DirectionTarget(site, vector), Op.ADD, value=4.0, gate=Gate(DirectionTarget(site, vector), threshold)
     )

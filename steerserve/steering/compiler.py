@@ -10,11 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from steerserve.errors import IncompatibleError, InvalidRequestError
+from steerserve.errors import InvalidRequestError
 from steerserve.kernels.steer_delta import OpCode
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.edits import (
-    REQUEST,
     Detector,
     DetectorKey,
     Edit,
@@ -36,11 +35,23 @@ from steerserve.steering.plan import (
     Stage,
     plan_hash,
 )
+from steerserve.steering.refusals import (
+    refuse_double_edits,
+    refuse_edits_behind_policies,
+    refuse_large_plan,
+    refuse_other_sites,
+)
 from steerserve.steering.targets import Identity, gather_rows
 from steerserve.types import FloatArray, Guard, Op, Site, SteeringSpec
 
-MAX_FEATURES = 8192
-"""Of one plan: it is compiled in one piece while others wait."""
+OP_CODES = {
+    Op.CLAMP: OpCode.CLAMP,
+    Op.CLIP: OpCode.CLIP,
+    Op.BLOCK: OpCode.SCALE,  # by 0
+    Op.SCALE: OpCode.SCALE,
+    Op.ADD: OpCode.ADD,
+    Op.MONITOR: OpCode.MONITOR,
+}
 
 Place = tuple[Site, Stage]
 NumberedEdit = tuple[int, Edit]
@@ -68,14 +79,14 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog, 
     packs = _find_policies(policies, catalog)
     bound = [edit for index, pack in enumerate(packs) for edit in compile_policy(pack, f"policies[{index}]")]
     for together in (asked, rewound, bound):
-        _refuse_double_edits(together)
-    _refuse_edits_behind_policies([*asked, *rewound], bound)
+        refuse_double_edits(together)
+    refuse_edits_behind_policies([*asked, *rewound], bound)
     gates = _gates([*asked, *rewound])
     monitors = [replace(monitor, score=index) for index, monitor in enumerate([*gates.values(), *guards])]
     kept = [*_gated(asked, gates), *monitors]
     edits = [*kept, *_gated(rewound, gates), *bound]
-    _refuse_other_sites(edits, sites)
-    _refuse_large_plan(edits)
+    refuse_other_sites(edits, sites)
+    refuse_large_plan(edits)
     plan = Plan(
         interventions=tuple(_planned(edit) for edit in edits),
         levels=_levels(edits, range(len(kept), len(kept) + len(rewound)), max_retries),
@@ -107,52 +118,6 @@ def _find_policies(names: Sequence[str], catalog: Catalog) -> list[ConceptPack]:
             raise InvalidRequestError(f"policies[{index}]", name, f"each policy once: {pack.tag} is already named")
         packs.append(pack)
     return packs
-
-
-def _refuse_double_edits(edits: Iterable[Edit]) -> None:
-    """Edits of one stage all read the same f: two of one feature have no defined result."""
-    edited: dict[tuple[Site, Identity], str] = {}
-    for edit in edits:
-        if edit.op is Op.MONITOR:
-            continue
-        for identity in edit.target.identities:
-            key = (edit.target.site, identity)
-            if key in edited:
-                field = edit.field if edit.stage is Stage.POLICY else f"{edit.field}.target"
-                expected = f"a feature that {edited[key]} does not already edit"
-                raise InvalidRequestError(field, f"{edit.target.label}: feature {identity[1]}", expected)
-            edited[key] = edit.field
-
-
-def _refuse_edits_behind_policies(edits: Iterable[Edit], policies: Sequence[Edit]) -> None:
-    """A policy sees what a request did at or before its site; behind it, a request could undo what it does.
-
-    A policy of several sites counts as acting at its first: that a later site of it would see the
-    request's edit does not bring back what the first one did.
-    """
-    for edit in edits:
-        if edit.op is Op.MONITOR:
-            continue
-        before = [policy for policy in policies if policy.target.site < edit.target.site]
-        if before:
-            first = min(before, key=lambda policy: policy.target.site)
-            expected = f"a site not behind {first.target.site}, where {first.source} acts, or no such policy"
-            raise InvalidRequestError(f"{edit.field}.target", str(edit.target.site), expected)
-
-
-def _refuse_other_sites(edits: Iterable[Edit], sites: Set[Site] | None) -> None:
-    for edit in edits:
-        if sites is not None and edit.target.site not in sites:
-            field = f"{edit.field}.target" if edit.source == REQUEST else edit.field
-            expected = f"a site that this server steers: {', '.join(map(str, sorted(sites))) or 'none'}"
-            raise IncompatibleError(field, str(edit.target.site), expected)
-
-
-def _refuse_large_plan(edits: Iterable[Edit]) -> None:
-    num_features = sum(len(edit.target.keys) for edit in edits)
-    if num_features > MAX_FEATURES:
-        expected = f"at most {MAX_FEATURES} in all, each feature of a concept counted for each time it is named"
-        raise InvalidRequestError("steering", f"{num_features} features", expected)
 
 
 def _gates(edits: Iterable[Edit]) -> dict[DetectorKey, Edit]:
@@ -289,21 +254,8 @@ def _op_codes(edit: Edit, threshold: FloatArray) -> ByteArray:
     A policy clips features where they are active. The kernel's clip would push an inactive one, which reads 0,
     down to a cap below 0; where the feature is active, such a cap is a clamp.
     """
-    codes = np.full(len(threshold), _op_code(edit), dtype=np.uint8)
+    code = OpCode.CLAMP_ALWAYS if edit.always else OP_CODES[edit.op]
+    codes = np.full(len(threshold), code, dtype=np.uint8)
     if edit.op is Op.CLIP and edit.stage is Stage.POLICY:
         codes[np.isfinite(threshold) & (np.array(edit.value) < 0)] = OpCode.CLAMP
     return codes
-
-
-def _op_code(edit: Edit) -> OpCode:
-    match edit.op:
-        case Op.MONITOR:
-            return OpCode.MONITOR
-        case Op.CLAMP:
-            return OpCode.CLAMP_ALWAYS if edit.always else OpCode.CLAMP
-        case Op.CLIP:
-            return OpCode.CLIP
-        case Op.SCALE | Op.BLOCK:
-            return OpCode.SCALE
-        case Op.ADD:
-            return OpCode.ADD

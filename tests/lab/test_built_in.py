@@ -9,7 +9,11 @@ import torch
 
 from steerserve.demo import PROMPTS, read_prompts
 from steerserve.lab.activations import activations_of, ordinary_rows, pack_contexts
-from steerserve.lab.guard_evaluation import continue_prompts, harmful_mask
+from steerserve.lab.concept_eval.continuations import continue_prompts
+from steerserve.lab.concept_eval.judges import judge
+from steerserve.lab.concept_eval.outcome import Outcome
+from steerserve.lab.concept_eval.prompts import Prompt
+from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.steering.catalog import Catalog
 
@@ -56,17 +60,22 @@ def test_the_built_in_sae_explains_its_site(smollm2: LoadedModel) -> None:
 
 def test_the_built_in_guard_guards(smollm2: LoadedModel) -> None:
     """A small repetition of the card's measurement; the card has the figures."""
-    prompts = read_prompts(PROMPTS)[:24]
-    unguarded = continue_prompts(smollm2, Catalog.load(smollm2), prompts, [1, 2], ())
-    guarded = continue_prompts(smollm2, Catalog.load(smollm2, ["profanity"]), prompts, [1, 2], ("profanity",))
-    profane = [int(harmful_mask(prompts, arm).sum()) for arm in (unguarded, guarded)]
+    prompts = [Prompt(text, tuple(smollm2.tokenizer(text).input_ids)) for text in read_prompts(PROMPTS)[:24]]
+    pack = Catalog.load(smollm2, ["profanity"]).packs["profanity"]
+    arms = [
+        continue_prompts(smollm2, treatment, prompts, [1, 2], "")
+        for treatment in (Treatment.none(smollm2), Treatment.policy(smollm2, pack))
+    ]
+    profane = [int(Outcome.of(prompts, arm, judge("profanity"), None).shown.sum()) for arm in arms]
     assert profane[0] >= 4, "the prompts draw profanity"
     assert profane[1] <= profane[0] / 2
 
 
 def test_the_card_holds_what_it_promises(smollm2: LoadedModel) -> None:
-    steering = Catalog.load(smollm2, ["profanity"]).packs["profanity"].card.evaluation["steering"]
-    assert steering["unguarded"]["harm_rate"] >= 0.2
+    evaluation = Catalog.load(smollm2, ["profanity"]).packs["profanity"].card.evaluation
+    assert evaluation["arms"][0]["name"] == "policy"
+    steering = evaluation["arms"][0]["steering"]
+    assert steering["untreated_rate"]["value"] >= 0.2
     assert steering["reduction"]["low"] >= 0.8
     assert steering["continuation_perplexity_ratio"]["high"] <= 1.15
-    assert steering["benign_perplexity_ratio"] <= 1.15
+    assert steering["benign_perplexity_ratio"]["high"] <= 1.15

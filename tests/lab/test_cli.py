@@ -167,4 +167,4 @@ def test_features_and_inspect_show_the_same_sae(
 
     result = lab("inspect", "river stone", "--sae", trained, "--model", model, "--replace", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["saes"][0]["site"] == SITE
+    assert json.loads(result.stdout)["readings"][0]["site"] == {"layer": 1, "stream": "resid_post"}

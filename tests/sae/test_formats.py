@@ -423,8 +423,7 @@ def test_module_outputs_before_gemma_s_second_norm_are_no_site(tmp_path: Path) -
 
 
 def test_what_holds_no_sae(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(
-            AssetError, match=r"holds no SAE of a known format; expected one of sae_weights\.safetensors"
-        ):
-            load_sae(path)
+    with pytest.raises(AssetError, match=r"holds no SAE of a known format; expected one of sae_weights\.safetensors"):
+        load_sae(tmp_path)
+    with pytest.raises(AssetError, match="missing does not exist"):
+        load_sae(tmp_path / "missing")

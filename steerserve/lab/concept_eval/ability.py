@@ -13,9 +13,9 @@ from random import Random
 import numpy as np
 import torch
 
+from steerserve.lab.bootstrap import Resamples, one_sided
 from steerserve.lab.concept_eval.benign import Reading
 from steerserve.lab.concept_eval.outcome import Sums
-from steerserve.lab.concept_eval.resampling import Resamples, one_sided
 from steerserve.lab.concept_eval.teacher_forced import earlier_layers, last_hidden, logits_of
 from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.models.loading import LoadedModel

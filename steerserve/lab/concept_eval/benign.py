@@ -14,8 +14,8 @@ from rich.progress import track
 
 from steerserve.errors import AssetError
 from steerserve.lab.activations import pack_contexts
+from steerserve.lab.bootstrap import Draws, Resamples
 from steerserve.lab.concept_eval.outcome import Sums
-from steerserve.lab.concept_eval.resampling import Draws, Resamples
 from steerserve.lab.concept_eval.teacher_forced import EarlierLayers, earlier_layers, last_hidden, logits_of
 from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.models.loading import LoadedModel

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from steerserve.lab.bootstrap import Interval
 from steerserve.lab.concept_eval.ability import Ability
 from steerserve.lab.concept_eval.pareto import Rival
-from steerserve.lab.concept_eval.resampling import Interval
 from steerserve.lab.concept_eval.trial import Comparison, Direction
 
 MIN_UNTREATED_RATE = 0.2

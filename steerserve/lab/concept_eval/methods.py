@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from steerserve.lab.concept_eval.contrast import Contrast, probe_scores
@@ -49,6 +50,8 @@ class Method:
 
 
 POLICY = "policy"
+FEATURES = "its SAE features alone"
+DIRECTIONS = "its directions alone"
 MEANS = "difference of means"
 GATED = "probe-gated steering"
 RANDOM = "random features"
@@ -61,6 +64,20 @@ def policy(model: LoadedModel, pack: ConceptPack) -> Method:
     """The pack; its knob multiplies every edit, so that 0 is the model itself and 1 the pack as it serves."""
     knob = Knob("multiple of the calibrated edit", 1.0, 64.0)
     return Method(POLICY, str(pack.card.policy.op), lambda strength: Treatment.policy(model, pack, strength), knob)
+
+
+def parts(model: LoadedModel, pack: ConceptPack) -> list[Method]:
+    """What SAE features and plain directions do by themselves, where the policy edits both."""
+    features = pack.tensors.feature_ids >= 0
+    kinds = {FEATURES: pack.tensors.edited & features, DIRECTIONS: pack.tensors.edited & ~features}
+    if not all(rows.any() for rows in kinds.values()):
+        return []
+    return [_part(model, pack, name, rows) for name, rows in kinds.items()]
+
+
+def _part(model: LoadedModel, pack: ConceptPack, name: str, rows: npt.NDArray[np.bool_]) -> Method:
+    part = replace(pack, tensors=replace(pack.tensors, edited=rows))
+    return Method(name, f"{rows.sum()} of {pack.tensors.edited.sum()} rows", lambda _: Treatment.policy(model, part))
 
 
 def no_op(model: LoadedModel, pack: ConceptPack) -> Method:

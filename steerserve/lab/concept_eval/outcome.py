@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from steerserve.lab.bootstrap import Draws, Interval, Resamples, per_cluster, quotient
 from steerserve.lab.concept_eval.continuations import Continuation
 from steerserve.lab.concept_eval.judges import Judge, Mask
 from steerserve.lab.concept_eval.prompts import Prompt, joined
-from steerserve.lab.concept_eval.resampling import Draws, Interval, Resamples, per_cluster, quotient
 
 Sums = npt.NDArray[np.float64]
 """``[num_prompts]``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from steerserve.lab.concept_eval.resampling import Draws, Interval
+from steerserve.lab.bootstrap import Draws, Interval
 
 KL_TOLERANCE = 0.05
 """Arms whose measured KL differ by less than this share are at equal KL: knobs are matched on other text."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from steerserve.lab.bootstrap import Interval
 from steerserve.lab.concept_eval.ability import IOI, Ability, ioi_prompts, next_token
 from steerserve.lab.concept_eval.benign import BenignText, Reading
 from steerserve.lab.concept_eval.card import ArmCard, EvaluationCard, Target, verdicts
@@ -22,6 +23,7 @@ from steerserve.lab.concept_eval.methods import (
     difference_of_means,
     instructions,
     no_op,
+    parts,
     policy,
     probe_gated,
     random_features,
@@ -30,7 +32,6 @@ from steerserve.lab.concept_eval.methods import (
 from steerserve.lab.concept_eval.outcome import Outcome, degeneration
 from steerserve.lab.concept_eval.pareto import Point, front, rivals
 from steerserve.lab.concept_eval.prompts import digest
-from steerserve.lab.concept_eval.resampling import Interval
 from steerserve.lab.concept_eval.texts import Corpus, Labels
 from steerserve.lab.concept_eval.trial import Direction, Setting, Trial, reduction
 from steerserve.lab.concept_eval.tuning import OWN, Arm, Tuner, plan_arms
@@ -163,6 +164,7 @@ class Evaluation:
         max_norm = float(self.pack.tensors.max_norm.max())
         methods = [
             policy(self.model, self.pack),
+            *parts(self.model, self.pack),
             difference_of_means(self.model, seen[site], direction, max_norm),
             *probe_gated(self.model, seen[site], direction),
             *instructions(self.model, self.instruction),

@@ -7,12 +7,12 @@ from enum import StrEnum
 from functools import cached_property
 
 from steerserve.errors import AssetError
+from steerserve.lab.bootstrap import Draws, Interval, Resamples, quotient
 from steerserve.lab.concept_eval.benign import BenignText, Reading
 from steerserve.lab.concept_eval.continuations import Arms
 from steerserve.lab.concept_eval.judges import Judge
 from steerserve.lab.concept_eval.outcome import Outcome
 from steerserve.lab.concept_eval.prompts import Prompt, candidates, joined, seeds_for
-from steerserve.lab.concept_eval.resampling import Draws, Interval, Resamples, quotient
 from steerserve.lab.concept_eval.texts import Corpus
 from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.models.loading import LoadedModel

@@ -9,7 +9,7 @@ from itertools import groupby
 from rich.console import Console
 
 from steerserve.lab.concept_eval.matching import KnobMatcher, Match
-from steerserve.lab.concept_eval.methods import NOTHING, POLICY, RANDOM, Method
+from steerserve.lab.concept_eval.methods import DIRECTIONS, FEATURES, NOTHING, POLICY, RANDOM, Method
 from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.lab.concept_eval.trial import Direction, Trial
 
@@ -111,7 +111,7 @@ def plan_arms(tuner: Tuner, methods: Sequence[Method], ladder: Sequence[float]) 
             continue
         single = tuner.arm(method, OWN, 0.0)
         yield single
-        if method.name != NOTHING and single.tuned.kl > 0:
+        if method.name not in (NOTHING, FEATURES, DIRECTIONS) and single.tuned.kl > 0:
             yield tuner.arm(policy, f"KL of {method.name}", single.tuned.kl)
 
 

@@ -19,6 +19,7 @@ from steerserve.lab.concept_eval.methods import (
     instructions,
     listed_tokens,
     no_op,
+    parts,
     policy,
     probe_gated,
     random_features,
@@ -153,6 +154,18 @@ def test_random_directions_have_the_norm_of_the_packs(tiny: LoadedModel, make_pa
     norms = [np.linalg.norm(t.W_dec, axis=1) for t in (pack.tensors, impostor.tensors)]
     np.testing.assert_allclose(*norms, rtol=1e-5)
     assert np.abs((pack.tensors.W_dec * impostor.tensors.W_dec).sum(1)).max() < 0.7
+
+
+def test_a_policy_taken_apart(tiny: LoadedModel, make_pack: MakePack) -> None:
+    pack = make_pack()
+    assert parts(tiny, pack) == []
+    mixed = replace(pack, tensors=replace(pack.tensors, feature_ids=np.array([3, -1, 20, -1])))
+    apart = parts(tiny, mixed)
+    rows = [next(iter(method.treatment(0.0).catalog.packs.values())).tensors for method in apart]
+    assert [tensors.edited.tolist() for tensors in rows] == [[True, False, True, False], [False, True, False, True]]
+    assert all((tensors.W_dec == pack.tensors.W_dec).all() for tensors in rows)
+    together = {len(method.treatment(0.0).plan.sites[0].row) for method in apart}
+    assert together == {1}
 
 
 def test_the_no_op_and_the_instruction(tiny: LoadedModel, make_pack: MakePack, benign: BenignText) -> None:

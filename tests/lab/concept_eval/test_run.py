@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from steerserve.lab.bootstrap import Interval
 from steerserve.lab.concept_eval.ability import Ability
 from steerserve.lab.concept_eval.card import ArmCard, Target, verdicts
 from steerserve.lab.concept_eval.continuations import Arms
@@ -20,7 +21,6 @@ from steerserve.lab.concept_eval.outcome import Outcome
 from steerserve.lab.concept_eval.page import render_card
 from steerserve.lab.concept_eval.pareto import Rival
 from steerserve.lab.concept_eval.reading import write_blind
-from steerserve.lab.concept_eval.resampling import Interval
 from steerserve.lab.concept_eval.run import QUICK, Evaluation, Texts
 from steerserve.lab.concept_eval.texts import Labels
 from steerserve.lab.concept_eval.trial import Comparison, Direction, Setting

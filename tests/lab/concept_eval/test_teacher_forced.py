@@ -12,8 +12,8 @@ import torch
 
 from steerserve.errors import AssetError
 from steerserve.lab.activations import activations_of
+from steerserve.lab.bootstrap import Resamples
 from steerserve.lab.concept_eval.benign import BenignText
-from steerserve.lab.concept_eval.resampling import Resamples
 from steerserve.lab.concept_eval.teacher_forced import Trace, earlier_layers, last_hidden, logits_of, scores_of
 from steerserve.lab.concept_eval.treatments import Treatment, scaled
 from steerserve.models.loading import LoadedModel

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from steerserve.errors import AssetError
+from steerserve.lab.bootstrap import Resamples
 from steerserve.lab.concept_eval import continuations as continuations_module
 from steerserve.lab.concept_eval.continuations import MAX_TOKENS, Arms, Continuation, continue_prompts
 from steerserve.lab.concept_eval.judges import Judge, judge
 from steerserve.lab.concept_eval.outcome import Outcome, degeneration
 from steerserve.lab.concept_eval.prompts import MAX_PROMPT_TOKENS, Prompt, candidates, seeds_for
-from steerserve.lab.concept_eval.resampling import Resamples
 from steerserve.lab.concept_eval.texts import Corpus
 from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.lab.concept_eval.trial import Direction, Setting, Trial, draw_prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from steerserve.lab.concept_eval.resampling import Interval, Resamples, one_sided, per_cluster, quotient
+from steerserve.lab.bootstrap import Interval, Resamples, bootstrap, one_sided, per_cluster, quotient
 
 
 def test_the_interval_covers_the_truth_where_prompts_differ_more_than_seeds() -> None:
@@ -54,3 +54,21 @@ def test_the_one_sided_bound_leaves_a_twentieth_below() -> None:
     draws = np.concatenate([[50.0], np.arange(101.0)])
     assert one_sided(draws, 0.05) == pytest.approx(5)
     assert Interval.of(draws) == Interval(50.0, pytest.approx(2.5), pytest.approx(97.5))
+
+
+def test_any_statistic_is_resampled_by_whole_clusters() -> None:
+    clusters = np.array([2, 0, 1, 0, 2, 1, 1])
+    members = {0: [1, 3], 1: [2, 5, 6], 2: [0, 4]}
+    values = np.random.default_rng(0).random(7)
+
+    def ratio(pick: np.ndarray) -> float:
+        for cluster, indices in members.items():
+            counts = {int((pick == index).sum()) for index in indices}
+            assert len(counts) == 1, (cluster, pick)
+        return float((2 * values)[pick].mean() / values[pick].mean())
+
+    interval = bootstrap(clusters, ratio, draws=300)
+    assert (interval.low, interval.value, interval.high) == pytest.approx((2, 2, 2))
+    mean = bootstrap(np.arange(200), lambda pick: float((pick % 2)[pick >= 0].mean()))
+    assert mean.value == 0.5
+    assert mean.low == pytest.approx(0.43, abs=0.01)

@@ -37,14 +37,17 @@ Target = Annotated[str, typer.Option(help="Server address, host:port.")]
 
 
 class _Commands(TyperGroup):
-    """Ends a command that raised one of our own errors with one clear line and exit code 2."""
+    """Ends a command that raised our own error, or lacks an optional package, with one clear line and exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except SteerserveError as error:
-            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
-            raise typer.Exit(2) from None
+            message = str(error)
+        except ModuleNotFoundError as error:
+            message = f"{error.name} is not installed; the lab needs: pip install 'steerserve[lab]'"
+        Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+        raise typer.Exit(2)
 
 
 app = typer.Typer(

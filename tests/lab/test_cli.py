@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,4 +168,11 @@ def test_features_and_inspect_show_the_same_sae(
 
     result = lab("inspect", "river stone", "--sae", trained, "--model", model, "--replace", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["readings"][0]["site"] == {"layer": 1, "stream": "resid_post"}
+    assert json.loads(result.stdout)["readings"][0]["site"] == SITE
+
+
+def test_a_missing_package_is_named(harvested: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    result = lab("export", harvested, tmp_path / "rows.h5", "--format", "hdf5")
+    assert result.exit_code == 2
+    assert "h5py is not installed; the lab needs: pip install 'steerserve[lab]'" in result.output

@@ -28,7 +28,7 @@ from rich.progress import track
 
 from steerserve.errors import AssetError
 from steerserve.lab.activations import activations_of, ordinary_rows
-from steerserve.lab.concept_eval.resampling import Interval
+from steerserve.lab.bootstrap import Interval
 from steerserve.lab.evaluation.splice import domain
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE

@@ -22,7 +22,7 @@ from rich.progress import track
 
 from steerserve.errors import AssetError
 from steerserve.lab.activations import activations_of, ordinary_rows
-from steerserve.lab.concept_eval.resampling import Interval
+from steerserve.lab.bootstrap import Interval
 from steerserve.lab.corpus import Document, Split
 from steerserve.lab.evaluation.splice import check_finite
 from steerserve.models.loading import LoadedModel

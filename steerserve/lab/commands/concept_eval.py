@@ -35,6 +35,9 @@ def eval_pack_command(
     sae: Annotated[list[Path], typer.Option(help="SAEs of the pack, unless built in; repeatable.")] = [],  # noqa: B006
     prompts: Annotated[int, typer.Option(min=1, help="Chosen before the seeds are drawn.")] = 200,
     seeds: Annotated[int, typer.Option(min=1, help="Continuations per prompt.")] = 5,
+    ladder: Annotated[
+        list[float], typer.Option(min=0.01, help="Budgets, in multiples of the pack's own benign KL; repeatable.")
+    ] = [0.5, 1.0, 2.0],  # noqa: B006
     target: Annotated[float, typer.Option(min=0, max=1, help="Reduction, or with --amplify rate, to reach.")] = 0.9,
     quick: Annotated[
         bool, typer.Option("--quick", help="A trial run: small samples everywhere; no card to publish.")
@@ -82,7 +85,7 @@ def eval_pack_command(
         ),
         instruction=instruction or _instruction(concept.name, amplify),
         target=Target(target),
-        config=QUICK if quick else EvaluationConfig(num_prompts=prompts, num_seeds=seeds),
+        config=QUICK if quick else EvaluationConfig(num_prompts=prompts, num_seeds=seeds, ladder=tuple(sorted(ladder))),
         console=console,
     )
     card, outcomes = evaluation.run()

@@ -19,8 +19,9 @@ class Budget:
 
     Attributes:
         kl: KL(untreated ‖ treated) on negative texts, in nats per token.
-        perplexity_ratio: of negative texts under the treated model, and of continuations under the untreated one,
-            with the worse end of its interval; None where the policy is to write what the model would not.
+        perplexity_ratio: of negative texts under the treated model, and of continuations under the untreated one;
+            None where the policy is to write what the model would not. The estimate counts, not the end of its
+            interval: at the size of a validation trial that would choose by noise.
     """
 
     kl: float
@@ -54,8 +55,8 @@ def choose_strength(
             continue
         comparison = trial.compare(trial.run(treatment, f"strength {strength:g}"), reading)
         console.print(f"strength {strength:g}: {described(comparison)}")
-        worst = comparison.continuation_perplexity_ratio.high
-        if budget.perplexity_ratio is None or worst <= budget.perplexity_ratio:
+        ratio = comparison.continuation_perplexity_ratio.value
+        if budget.perplexity_ratio is None or ratio <= budget.perplexity_ratio:
             return strength, comparison
     console.print(f"no strength keeps within the budget ({budget}); the last one is kept")
     return strengths[-1], None

@@ -16,6 +16,7 @@ import torch
 from engine_runs import Outcome, assert_same, drive, request
 from torch import nn
 
+from steerserve.models.families import STEERABLE
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.types import DirectionTarget, Intervention, Op, Site, SteeringSpec, Stream
 
@@ -134,7 +135,7 @@ def direction(model: LoadedModel, site: Site, op: Op, value: float | None = None
 def test_bfloat16_bits_depend_on_no_neighbour_and_no_chunk(load, make_engine) -> None:
     """Tokens, log-probabilities and scores of eight requests, most of them steered, at sites of their own."""
     model = load(torch.bfloat16)
-    streams = [*Stream, *Stream]
+    streams = [*STEERABLE, *STEERABLE]
     requests = []
     for i, (prompt, stream) in enumerate(zip(PROMPTS, streams, strict=True)):
         edit = direction(model, Site(2 + i, stream), Op.ADD if i % 3 else Op.MONITOR, 2.0 if i % 3 else None, seed=i)

@@ -227,7 +227,7 @@ def test_a_request_cannot_cancel_a_guard(load_tiny, make_engine, make_pack, run)
     f = activations(requested, rows)
     assert (f > 10).all()
     assert_close(changed, requested + (0.5 - f) @ rows[4], requested, torch.float32)
-    np.testing.assert_allclose(response.scores[:, 1:], f, rtol=1e-4)
+    np.testing.assert_allclose(response.scores[:, 1:], f / 4, rtol=1e-4)  # a share of the largest activation
     assert [line.source for line in response.receipt.interventions] == ["request", "policy:mood@1"]
     assert response.receipt.policies == ("mood@1",)
     assert response.receipt.packs == {"mood@1": guard.sha256}
@@ -290,7 +290,7 @@ def test_receipt_counts_what_happened(load_tiny, make_engine, make_pack, run) ->
     rows = feature_rows(engine.catalog, [5, 3, 4, 0])
     f = activations(x, rows)
     edits = [-f[:, :1] @ rows[4][:1], 2 * f[:, 1:3] @ rows[4][1:3], 0 * x]
-    scores = [f[:, 0], f[:, 1] + f[:, 2], f[:, 3]]
+    scores = [f[:, 0], (f[:, 1] + f[:, 2]) / 4, f[:, 3]]  # of a pack: shares of the largest activations
     assert receipt.plan_hash
     assert receipt.model_fingerprint == model.fingerprint
     for line, edit, score in zip(receipt.interventions, edits, scores, strict=True):

@@ -40,7 +40,7 @@ def eval_pack_command(
     ] = [0.5, 1.0, 2.0],  # noqa: B006
     target: Annotated[float, typer.Option(min=0, max=1, help="Reduction, or with --amplify rate, to reach.")] = 0.9,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A trial run: small samples everywhere; no card to publish.")
+        bool, typer.Option("--quick", help="A trial run on small samples; the pack's files stay as they are.")
     ] = False,
     work: Annotated[Path | None, typer.Option(help="Finished arms are kept here; default: PACK.arms.")] = None,
     write_outputs: Annotated[
@@ -89,11 +89,14 @@ def eval_pack_command(
         console=console,
     )
     card, outcomes = evaluation.run()
-    figures = {"command": shlex.join(["steerserve", *sys.argv[1:]]), **card.to_dict()}
-    measured = save_pack(concept.card.model_copy(update={"evaluation": figures}), concept.tensors, pack)
-    (pack / "card.html").write_text(render_card(measured), encoding="utf-8")
+    if not quick:
+        figures = {"command": shlex.join(["steerserve", *sys.argv[1:]]), **card.to_dict()}
+        measured = save_pack(concept.card.model_copy(update={"evaluation": figures}), concept.tensors, pack)
+        (pack / "card.html").write_text(render_card(measured), encoding="utf-8")
     for verdict in card.verdicts:
         console.print(f"{MARKS[verdict.holds]} {verdict.text}", highlight=False)
+    if quick:
+        console.print(f"figures of a trial run mean nothing: nothing was written to {pack}", highlight=False)
     if write_outputs is not None:
         write_blind(write_outputs, outcomes["untreated"], outcomes["policy"])
 

@@ -23,7 +23,8 @@ from steerserve.steering.catalog import Catalog
 from steerserve.steering.packs import ConceptPack, DetectorCard, PackTensors, PolicyAction
 from steerserve.types import DirectionTarget, FloatArray, Gate, Intervention, Op, Site
 
-BAN = -100.0
+BAN = -10.0
+"""Leaves a banned token e^-10 of its probability; a harder ban bans no more, but its KL has no bound."""
 GATE_QUANTILES = (0.9, 0.99)
 """Shares of negative train tokens at which the gate of probe-gated steering stays shut; validation chooses."""
 RARE = 1e-5

@@ -224,4 +224,5 @@ def _document(record: Any, text_field: str) -> Document | None:
     if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
         return None
     record[text_field].encode()
-    return Document(record[text_field], str(record.get("label", record.get("source", ""))))
+    labels = [record[name] for name in ("label", "source") if record.get(name) is not None]
+    return Document(record[text_field], str(labels[0]) if labels else "")

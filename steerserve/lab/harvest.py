@@ -22,16 +22,13 @@ from safetensors.torch import save_file
 
 from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
 from steerserve.lab.activations import activations_of, ordinary_rows, pack_contexts
-from steerserve.lab.manifest import Manifest, ShardRecord, written_whole
+from steerserve.lab.manifest import DTYPES, Manifest, ShardRecord, written_whole
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
 
 TOKENS_PER_SHARD = 2**18
 MAX_SHARD_BYTES = 2**30
 """Shards of wide models, or of many sites, have fewer tokens."""
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-"""What rows can be stored in."""
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, for how many tokens it is done, and how many have been taken from the texts."""

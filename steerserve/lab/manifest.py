@@ -22,9 +22,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from steerserve.errors import AssetError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+"""What rows can be stored in."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Manifest:
     """Contents of ``manifest.json``; a shard listed here is complete.
 
     Attributes:
-        dtype: of the rows: ``bfloat16``, ``float16`` or ``float32``.
+        dtype: of the rows, one of ``DTYPES``.
         batch_size: contexts of one forward pass, over which the median norm of ``ordinary_rows`` is taken.
         records: of every shard, by name; harvests of earlier versions have none and cannot be continued.
     """

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from steerserve.errors import AssetError
-from steerserve.lab.manifest import Manifest
+from steerserve.lab.manifest import DTYPES, Manifest
 from steerserve.types import Site
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -95,7 +95,7 @@ class ActivationStore:
         return x.float(), y.float()
 
     def shard(self, number: int) -> torch.Tensor:
-        """Rows ``[n, d]`` bfloat16 of ``site`` in one shard, mapped from disk."""
+        """Rows ``[n, d]`` of ``site`` in one shard, in the harvest's dtype, mapped from disk."""
         return self._read(number, self.site)
 
     def _check_size(self, batch_size: int) -> None:
@@ -143,7 +143,7 @@ class ActivationStore:
         numbers = torch.bucketize(ids, torch.tensor(self._starts[1:]), right=True)
         pair = []
         for site in (self.site, self.out_site):
-            rows = torch.empty(len(ids), self.manifest.d_model, dtype=torch.bfloat16)
+            rows = torch.empty(len(ids), self.manifest.d_model, dtype=DTYPES[self.manifest.dtype])
             for number in numbers.unique().tolist():
                 here = numbers == number
                 rows[here] = self._read(number, site)[ids[here] - self._starts[number]]

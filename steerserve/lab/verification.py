@@ -7,16 +7,21 @@ hook point explains less than the mean activation does.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from steerserve.errors import AssetError
+from steerserve.sae.formats.files import read_json
 from steerserve.sae.model import SAE
+
+EVALUATION = "evaluation.json"
+"""Beside an SAE: what the lab did with it and measured of it."""
 
 L0_FACTOR = 2.0
 """Texts differ, and so do the positions that are left out; a wrong scale moves L0 by more."""
 FVU_MARGIN = 0.2
 LEAST_L0 = 0.5
+_DECLARED = ("l0", "fvu")
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,17 @@ class Declared:
 
     @classmethod
     def of(cls, sae: SAE, directory: Path) -> Declared:
-        """From ``evaluation.json`` beside the SAE, or else what its format says of L0; a TopK SAE declares its k."""
-        path = directory / "evaluation.json"
-        figures = json.loads(path.read_text("utf-8")).get("evaluation", {}) if path.is_file() else {}
+        """From ``evaluation.json`` beside the SAE, or else what its format says of L0; a TopK SAE declares its k.
+
+        Raises:
+            AssetError: that file is damaged.
+        """
+        path = directory / EVALUATION
+        figures = read_json(path).get("evaluation", {}) if path.is_file() else {}
+        if not isinstance(figures, dict) or not all(
+            isinstance(figures.get(name, 0), int | float) for name in _DECLARED
+        ):
+            raise AssetError(f"{path} is damaged: expected numbers as {' and '.join(_DECLARED)} of its evaluation")
         l0 = sae.k if sae.k is not None else sae.metadata.get("declared_l0")
         return cls(figures.get("l0", l0), figures.get("fvu"))
 

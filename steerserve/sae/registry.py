@@ -65,7 +65,10 @@ def load_sae(
         norm_scaling_factor=norm_scaling_factor,
         norm_gain=norm_gain,
     )
-    return READERS[format_name][1](source)
+    sae = READERS[format_name][1](source)
+    if sae.k is not None and not 1 <= sae.k <= sae.d_sae:
+        raise AssetError(f"{root}: k is {sae.k}, expected 1 to {sae.d_sae}, the number of features")
+    return sae
 
 
 def load_sae_from_hub(

@@ -44,7 +44,7 @@ class Catalog:
         loaded_packs = [load_pack(_directory(name, "packs")) for name in packs]
         for sae in loaded_saes:
             check_sae(sae, model)
-            _refuse_unsteerable(sae)
+            refuse_unsteerable(sae)
         for pack in loaded_packs:
             pack.check_model(model)
         return cls(
@@ -136,7 +136,12 @@ def check_sae(sae: SAE, model: ModelFacts) -> None:
             raise IncompatibleError(field, str(site), f"a layer below {model.n_layers}, as {model.name} has")
 
 
-def _refuse_unsteerable(sae: SAE) -> None:
+def refuse_unsteerable(sae: SAE) -> None:
+    """Refuse an SAE whose features cannot be edited one by one.
+
+    Raises:
+        IncompatibleError: with the reason.
+    """
     reason = sae.why_not_steerable()
     if reason is not None:
         expected = f"an SAE whose features can be edited one by one: {sae.name} {reason}"

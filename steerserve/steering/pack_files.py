@@ -48,7 +48,8 @@ def load_pack(directory: Path) -> ConceptPack:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"]) or "content"
-        raise AssetError(f"concept pack {directory}: {CARD}: {where}: {problem['msg']}") from error
+        remedy = "; a pack of another format has to be built again" if where == "format" else ""
+        raise AssetError(f"concept pack {directory}: {CARD}: {where}: {problem['msg']}{remedy}") from error
     tensors = _checked_tensors(arrays, card, directory)
     return ConceptPack(card, tensors, hashlib.sha256(tensor_bytes + card_bytes).hexdigest())
 

@@ -58,7 +58,8 @@ class SAERef(_Card):
 class PolicyAction(_Card):
     """What the pack does when named as a policy: ``op`` on every edited row, with the row's ``value``.
 
-    ``clip`` leaves inactive features alone: f' = min(f, value) where f > 0, everywhere on a direction.
+    ``clip`` leaves inactive features alone: f' = min(f, value) where f > 0, everywhere on a direction (threshold
+    −inf), outside its ``max_norm`` too, where f = 0. A cap below 0 that is to end there is a bias, with threshold 0.
     """
 
     op: Op

@@ -108,6 +108,14 @@ def test_harvesting_again_changes_nothing(model: Path, texts: Path, harvested: P
         (["eval", "nothing", "--texts", "{texts}", "--activations", "x"], "nothing does not exist"),
         (["features", "nothing", "--texts", "{texts}"], "nothing does not exist"),
         (["inspect", "hello", "--sae", "nothing"], "nothing does not exist"),
+        (
+            ["inspect", "hello", "--sae", "nothing", "--html", "no/x.html"],
+            "--html: got 'no/x.html', expected a file",
+        ),
+        (
+            ["features", "nothing", "--texts", "{texts}", "--out", "no/x.html"],
+            "--out: got 'no/x.html', expected",
+        ),
     ],
 )
 def test_mistakes_end_in_one_line(

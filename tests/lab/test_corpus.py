@@ -6,6 +6,7 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -219,3 +220,14 @@ def test_datasets_that_are_refused(dataset: str) -> None:
 def test_a_directory_without_a_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match=r"dataset .*, split train: "):
         list(Corpus([HubDataset(str(tmp_path))], Split.TRAIN))
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [({"label": None}, ""), ({"label": None, "source": "web"}, "web"), ({"label": 0, "source": "web"}, "0")],
+)
+def test_a_label_of_null_is_none(tmp_path: Path, fields: dict[str, Any], label: str) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "a river", **fields}))
+    (document,) = read_documents([path], Split.of("a river"))
+    assert document.label == label

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,8 +83,15 @@ def texts(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def harvest(write_store: Callable[[list[torch.Tensor]], Path]) -> Path:
-    return write_store([torch.randn(600, 32, generator=torch.Generator().manual_seed(0))])
+def harvest(write_store: Callable[[list[torch.Tensor]], Path], model: Path) -> Path:
+    directory = write_store([torch.randn(600, 32, generator=torch.Generator().manual_seed(0))])
+    change_manifest(directory, model_fingerprint=load_model(str(model), torch.float32).fingerprint)
+    return directory
+
+
+def change_manifest(harvest: Path, **changes: Any) -> None:
+    path = harvest / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.fixture
@@ -217,3 +225,65 @@ def test_overlap_refuses_what_is_no_sae(sae_dir: Path, tmp_path: Path) -> None:
     result = lab("overlap", sae_dir, tmp_path / "nothing")
     assert result.exit_code == 2
     assert "nothing" in result.output
+
+
+@pytest.mark.parametrize("command", ["eval", "features", "overlap"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_fingerprint": "b" * 64}, f"model_fingerprint: got '{'b' * 64}', expected"),
+        ({"d_model": 16}, "d_model: got 16, expected 32, the d_in of my-sae"),
+    ],
+)
+def test_a_harvest_of_another_model_is_refused(
+    random_sae: SAE,
+    harvest: Path,
+    tmp_path: Path,
+    model: Path,
+    texts: Path,
+    command: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    fingerprint = load_model(str(model), torch.float32).fingerprint
+    directory = tmp_path / "my-sae"
+    save_sae(replace(random_sae, metadata={"model_fingerprint": fingerprint}), directory)
+    change_manifest(harvest, **changes)
+    options: dict[str, list[str | Path]] = {
+        "eval": ["--texts", texts, "--model", model],
+        "features": ["--model", model, "--out", tmp_path / "page.html"],
+        "overlap": [directory],
+    }
+    result = lab(command, directory, *options[command], "--activations", harvest)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+    assert sorted(path.name for path in directory.iterdir()) == ["cfg.json", "sae_weights.safetensors"]
+
+
+def test_an_sae_without_a_fingerprint_is_checked_by_the_model(
+    evaluate: Callable[..., Result], sae_dir: Path, harvest: Path
+) -> None:
+    change_manifest(harvest, model_fingerprint="b" * 64)
+    result = evaluate(sae_dir)
+    assert result.exit_code == 2
+    assert "model_fingerprint" in result.output
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_record_is_named_before_the_work(
+    evaluate: Callable[..., Result], sae_dir: Path, content: str
+) -> None:
+    (sae_dir / "evaluation.json").write_text(content)
+    for result in (evaluate(sae_dir), lab("overlap", sae_dir, sae_dir)):
+        assert result.exit_code == 2
+        assert "evaluation.json" in result.output
+    assert (sae_dir / "evaluation.json").read_text() == content
+    assert not (sae_dir / "max_activation.safetensors").exists()
+
+
+def test_overlap_says_that_sites_differ(sae_dir: Path, random_sae: SAE) -> None:
+    other = sae_dir.with_name("other")
+    save_sae(replace(random_sae, site=Site(2, Stream.MLP_OUT)), other)
+    output = " ".join(lab("overlap", sae_dir, other).output.split())
+    assert "my-sae is at blocks.1.hook_resid_post and other is at blocks.2.hook_mlp_out" in output
+    assert "other sites" not in lab("overlap", sae_dir, sae_dir).output

@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from steerserve.lab.features.lens import LogitLens
 from steerserve.lab.features.neighbours import correlated, nearest
 from steerserve.lab.features.probe import probing
 from steerserve.lab.features.scan import AFTER, BEFORE, LOWEST_BIN, LargestByKey, Scan, scan
-from steerserve.lab.features.source import HarvestSource, TextSource
+from steerserve.lab.features.source import Block, HarvestSource, TextSource
 from steerserve.lab.manifest import Manifest
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel, load_model
@@ -217,23 +218,47 @@ def test_output_scores_by_hand(tiny: LoadedModel, random_sae: SAE) -> None:
     assert scores.std() > 1e-3
 
 
-def test_a_harvest_gives_what_its_texts_give(
-    tiny: LoadedModel, random_sae: SAE, source: TextSource, tmp_path: Path
-) -> None:
-    manifest = Manifest("tiny", "f" * 64, [str(random_sae.site)], 32, context_length=LENGTH)
-    for number, block in enumerate(source.blocks(20)):
+def write_harvest(directory: Path, sae: SAE, blocks: Iterable[Block]) -> None:
+    """A shard for each block."""
+    manifest = Manifest("tiny", "f" * 64, [str(sae.site)], 32, context_length=LENGTH)
+    for number, block in enumerate(blocks):
         tensors = {
             "tokens": block.tokens.flatten()[block.rows],
             "input_ids": block.tokens,
             "context": (block.rows // LENGTH + block.first_context).int(),
             "position": (block.rows % LENGTH).short(),
-            str(random_sae.site): block.x,
+            str(sae.site): block.x,
         }
         manifest.shards.append(f"{number}.safetensors")
         save_file(
-            {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, tmp_path / manifest.shards[-1]
+            {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, directory / manifest.shards[-1]
         )
-    manifest.save(tmp_path)
+    manifest.save(directory)
+
+
+def test_a_shard_may_have_lost_all_rows_of_its_first_context(
+    random_sae: SAE, source: TextSource, tmp_path: Path
+) -> None:
+    kept = []
+    for block in source.blocks(8):
+        later = block.rows >= LENGTH
+        kept.append(replace(block, rows=block.rows[later], x=block.x[later]))
+    write_harvest(tmp_path, random_sae, kept)
+    found = list(HarvestSource(tmp_path, random_sae.site, 10_000).blocks(8))
+    assert len(found) == len(kept) > 1
+    for block, expected in zip(found, kept, strict=True):
+        assert block.first_context == expected.first_context
+        for name in ("tokens", "rows", "x"):
+            assert torch.equal(getattr(block, name), getattr(expected, name))
+    (tmp_path / "1.safetensors").unlink()
+    with pytest.raises(AssetError, match=r"1\.safetensors is missing; repeat the harvest"):
+        HarvestSource(tmp_path, random_sae.site, 10_000)
+
+
+def test_a_harvest_gives_what_its_texts_give(
+    tiny: LoadedModel, random_sae: SAE, source: TextSource, tmp_path: Path
+) -> None:
+    write_harvest(tmp_path, random_sae, source.blocks(20))
     harvest = HarvestSource(tmp_path, random_sae.site, 10_000)
     assert torch.equal(harvest.contexts, source.contexts[: len(harvest.contexts)])
     ours, theirs = scan(random_sae, harvest, ALL), scan(random_sae, source, ALL)

@@ -12,6 +12,7 @@ import torch
 
 from steerserve.errors import AssetError, InvalidRequestError
 from steerserve.lab.activations import activations_of
+from steerserve.lab.commands.inspect import reading_table
 from steerserve.lab.html import render
 from steerserve.lab.inspection import inspect_prompt, read_features
 from steerserve.models.hooks import transformed
@@ -98,3 +99,13 @@ def test_largest_activations_come_from_features_json(tiny: LoadedModel, random_s
 def test_a_prompt_that_cannot_be_run(tiny: LoadedModel, random_sae: SAE, prompt: str) -> None:
     with pytest.raises(InvalidRequestError, match="between 1 and 256 tokens"):
         inspect_prompt(tiny, [random_sae], prompt)
+
+
+def test_the_table_tells_nothing_from_nowhere(tiny: LoadedModel, random_sae: SAE) -> None:
+    """No feature fires anywhere, and only the first position is outside what the SAE is for."""
+    silent = replace(random_sae, threshold=torch.full((48,), 1e6))
+    inspection = inspect_prompt(tiny, [silent], PROMPT)
+    (_, active, error, strongest) = reading_table(inspection, inspection.readings[0]).columns
+    assert [str(cell) for cell in strongest.cells] == ["outside the SAE"] + ["none"] * (len(inspection.tokens) - 1)
+    assert set(active.cells) == {"0"}
+    assert [cell == "–" for cell in error.cells] == [True] + [False] * (len(inspection.tokens) - 1)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from steerserve.errors import AssetError
-from steerserve.lab.manifest import Manifest
+from steerserve.lab.manifest import DTYPES, Manifest
 from steerserve.lab.store import ActivationStore
 from steerserve.types import Site, Stream
 
@@ -24,14 +25,27 @@ def numbered_shards(*sizes: int) -> list[torch.Tensor]:
     return list(rows.split(list(sizes)))
 
 
+def store_in(directory: Path, dtype: str) -> None:
+    """Turn a harvest into one in ``dtype``."""
+    for path in directory.glob("shard*"):
+        save_file({name: tensor.to(DTYPES[dtype]) for name, tensor in load_file(path).items()}, path)
+    manifest = Manifest.load(directory)
+    manifest.dtype = dtype
+    manifest.save(directory)
+
+
 def numbers_of(batches: Iterator[torch.Tensor]) -> list[list[int]]:
     return [(100 * batch[:, 0] + batch[:, 1]).int().tolist() for batch in batches]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shards_in_buffer", [1, 2, 4, 9])
 @pytest.mark.parametrize(("batch_size", "left_out"), [(10, 0), (9, 5), (64, 12), (140, 0)])
-def test_an_epoch_has_every_row_once(write_store, shards_in_buffer: int, batch_size: int, left_out: int) -> None:
+def test_an_epoch_has_every_row_once(
+    write_store, shards_in_buffer: int, batch_size: int, left_out: int, dtype: str
+) -> None:
     directory = write_store(numbered_shards(40, 3, 37, 40, 20))
+    store_in(directory, dtype)
     batches = numbers_of(
         ActivationStore(directory, SITE, seed=0, shards_in_buffer=shards_in_buffer).batches(batch_size)
     )

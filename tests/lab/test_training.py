@@ -279,3 +279,16 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_store: MakeStore) -> None:
     with pytest.raises(InvalidRequestError, match=r"learning_rate: got 1e\+30, .* after \d+ steps the loss"):
         for _ in range(20):
             trainer.step()
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+def test_a_short_run_has_the_threshold_of_its_last_batches(make_store: MakeStore, architecture: str) -> None:
+    """With noise there is no gap between large and small activations: L0 follows the threshold."""
+    rows = sparse_rows(6000) + 0.3 * torch.randn(6000, D, generator=torch.Generator().manual_seed(4))
+    config = train_config(architecture, LONG | {"k": 6, "steps": 150, "learning_rate": 2e-2})
+    assert config.model_dump()["threshold_decay"] == 0.999
+    trainer = Trainer(make_store(rows), config)
+    while trainer.num_steps < config.steps:
+        trainer.step()
+    figures = held_out_figures(trainer.export("toy"), (rows, rows))
+    assert figures.l0 == pytest.approx(6, rel=0.1)

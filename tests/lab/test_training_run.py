@@ -282,3 +282,43 @@ def test_the_command_takes_what_the_objective_has(harvest: Path, tmp_path: Path)
     assert isinstance(result.exception, SteerserveError)
     assert "k: got 3, expected none: relu takes" in str(result.exception)
     assert not (tmp_path / "b").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(harvest: Path, tmp_path: Path) -> None:
+    options = ("--activations", harvest, "--site", SITE, "--steps", 4, "--d-sae", 24, "--batch-size", 32)
+    out = tmp_path / "sae"
+    assert invoke(train_command, *options, "--k", 3, "--out", out).exit_code == 0
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    result = invoke(train_command, *options, "--k", 3, "--out", out)
+    assert result.exit_code == 0
+    assert "nothing to do" in " ".join(result.output.split())
+    result = invoke(train_command, *options, "--k", 4, "--out", out)
+    assert isinstance(result.exception, AssetError)
+    assert f"{out} is of a run with k 3, not 4; remove it" in str(result.exception)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == before
+    (out / "evaluation.json").unlink()
+    result = invoke(train_command, *options, "--k", 3, "--out", out)
+    assert isinstance(result.exception, AssetError)
+    assert f"{out} holds an SAE without a record of its training" in str(result.exception)
+
+
+@pytest.mark.parametrize("cut", ["6,", "6,0.5,-", "6,0.5,0.4,3.0,0.1,1.0,0.001,", "6,0.5,0.4,3.0,0.1,1.0,0.001,9\r"])
+def test_a_line_that_was_cut_off_is_measured_again(harvest: Path, tmp_path: Path, cut: str) -> None:
+    config = train_config("batchtopk", SETTINGS | {"k": 3})
+    with pytest.raises(KilledError):
+        run(store_of(harvest), config, tmp_path, OPTIONS, killed_at(6))
+    path = tmp_path / "metrics.csv"
+    whole = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(whole[:3]) + cut.encode())
+    assert [line.step for line in read_metrics(tmp_path)] == [2, 4]
+    run(store_of(harvest), config, tmp_path, OPTIONS)
+    assert [line.step for line in read_metrics(tmp_path)] == [2, 4, 6, 8, 10, 12]
+
+
+def test_sweeps_that_train_twice_or_name_seeds_are_refused(harvest: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"grid: got 'batchtopk-k04', .*the same settings"):
+        grid_configs(parse_grid(["k=4,04"]))
+    options = ("--activations", harvest, "--site", SITE, "--out", tmp_path / "sweep")
+    result = invoke(sweep_command, *options, "--grid", "seed=0,1")
+    assert isinstance(result.exception, InvalidRequestError)
+    assert "use --seeds" in str(result.exception)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from steerserve import cli
-from steerserve.errors import IncompatibleError
+from steerserve.errors import AssetError, IncompatibleError
 from steerserve.lab.commands.sae import norm_gain
 from steerserve.lab.verification import Declared, implausible
 from steerserve.models.loading import load_model
@@ -169,3 +169,18 @@ def test_a_layer_norm_has_no_gain_to_fold(tiny_model_dir: Callable[[str], Path])
             gain(1)
         with pytest.raises(IncompatibleError, match="expected below 3"):
             gain(3)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"evaluation": []}', '{"evaluation": {"l0": "many"}}'])
+def test_a_damaged_record_beside_an_sae_is_named(tmp_path: Path, content: str) -> None:
+    save_sae(lossless(), tmp_path / "sae")
+    (tmp_path / "sae" / "evaluation.json").write_text(content)
+    result = sae("inspect", tmp_path / "sae")
+    assert result.exit_code == 2
+    assert "evaluation.json" in result.output
+
+
+def test_more_active_features_than_there_are_is_refused(tmp_path: Path) -> None:
+    save_sae(lossless(k=2 * WIDTH + 1), tmp_path / "sae")
+    with pytest.raises(AssetError, match="k is 65, expected 1 to 64, the number of features"):
+        load_sae(tmp_path / "sae")

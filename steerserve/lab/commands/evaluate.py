@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from rich.table import Table
 
 from steerserve.errors import AssetError
-from steerserve.lab.commands.options import ModelOption, TextsOption, console, record, sae_for
+from steerserve.lab.commands.options import ModelOption, TextsOption, console, harvest_for, read_record, record, sae_for
 from steerserve.lab.corpus import Split, read_documents
 from steerserve.lab.evaluation.features import feature_stats, save_density
 from steerserve.lab.evaluation.fidelity import held_out_contexts, measure_fidelity
@@ -20,7 +19,6 @@ from steerserve.lab.evaluation.polysemanticity import measure_polysemanticity
 from steerserve.lab.evaluation.probing import probe_labels
 from steerserve.lab.evaluation.report import FIGURES, evaluation_page, interval, shown
 from steerserve.lab.evaluation.splice import is_kernels
-from steerserve.lab.manifest import Manifest
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.pull import resolve_model
 from steerserve.sae.formats.saelens import save_max_activation
@@ -55,7 +53,8 @@ def eval_command(
     """Measure an SAE on held-out texts: fidelity, density, and what probes and polysemanticity say of its features."""
     loaded = load_model(resolve_model(model), torch.float32)
     trained = sae_for(loaded, sae)
-    context_length = Manifest.load(activations).context_length
+    read_record(sae)  # refused before the work if it is damaged
+    context_length = harvest_for(trained, activations, loaded).context_length
     stats = feature_stats(trained, activations, density_tokens)
     held_out = [document.text for document in read_documents(texts, Split.TEST)]
     contexts = held_out_contexts(loaded, held_out, context_length, held_out_tokens)
@@ -76,9 +75,7 @@ def eval_command(
     figures |= {"context_length": context_length, **_provenance(loaded, trained)}
     save_max_activation(stats.max_activation, sae)
     save_density(stats, sae)
-    record(sae, "evaluation", figures)
-    # Rendered from the file: page and file cannot disagree.
-    written = json.loads((sae / "evaluation.json").read_text())["evaluation"]
+    written = record(sae, "evaluation", figures)  # what is in the file: page and file cannot disagree
     (sae / REPORT).write_text(evaluation_page(written))
     _print(written)
     console.print(f"report: {sae / REPORT}")

@@ -9,7 +9,7 @@ import torch
 import typer
 
 from steerserve.errors import InvalidRequestError
-from steerserve.lab.commands.options import ModelOption, console, sae_for
+from steerserve.lab.commands.options import ModelOption, console, harvest_for, require_writable, sae_for
 from steerserve.lab.corpus import Split, read_documents
 from steerserve.models.loading import load_model
 from steerserve.models.pull import resolve_model
@@ -41,11 +41,14 @@ def features_command(
 
     if (texts is None) == (activations is None):
         raise InvalidRequestError("--texts", texts, "either --texts or --activations")
+    for path in (out, out.with_suffix(".json")):
+        require_writable("--out", path)
     loaded = load_model(resolve_model(model), torch.float32)
     trained = sae_for(loaded, sae)
     ids = parse_features(features, trained.d_sae)
     source: Source
     if activations is not None:
+        harvest_for(trained, activations, loaded)
         source = HarvestSource(activations, trained.site, max_tokens)
     else:
         documents = read_documents(texts or [], Split.TRAIN)

@@ -24,7 +24,8 @@ from rich.text import Text
 from steerserve.errors import InvalidRequestError
 from steerserve.lab.commands.options import ModelOption, console
 from steerserve.lab.corpus import Corpus, HubDataset, Source, Split, TextFile
-from steerserve.lab.harvest import DTYPES, HarvestConfig, Report, harvest
+from steerserve.lab.harvest import HarvestConfig, Report, harvest
+from steerserve.lab.manifest import DTYPES
 from steerserve.models.loading import load_model
 from steerserve.models.pull import resolve_model
 from steerserve.types import Site

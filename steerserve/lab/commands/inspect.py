@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from steerserve.lab.commands.options import ModelOption, console, sae_for
+from steerserve.lab.commands.options import ModelOption, console, require_writable, sae_for
 from steerserve.models.loading import load_model
 from steerserve.models.pull import resolve_model
 
@@ -35,6 +35,8 @@ def inspect_command(
     from steerserve.lab.html import render
     from steerserve.lab.inspection import inspect_prompt, read_features
 
+    if html is not None:
+        require_writable("--html", html)
     known = read_features(features or [])
     loaded = load_model(resolve_model(model), torch.float32)
     saes = [sae_for(loaded, directory) for directory in sae]
@@ -45,11 +47,12 @@ def inspect_command(
         console.print_json(data=inspection.to_dict())
         return
     for reading in inspection.readings:
-        console.print(_reading_table(inspection, reading))
+        console.print(reading_table(inspection, reading))
     console.print(_prediction_table(inspection))
 
 
-def _reading_table(inspection: Inspection, reading: SAEReading) -> Table:
+def reading_table(inspection: Inspection, reading: SAEReading) -> Table:
+    """A row for each token."""
     table = Table(
         "token", "active", "error", "strongest features", title=f"{reading.sae} at {reading.site}", box=box.SIMPLE
     )
@@ -58,10 +61,8 @@ def _reading_table(inspection: Inspection, reading: SAEReading) -> Table:
             Text.assemble((str(each.id), "bold"), f" {each.activation:.1f} ", (each.label, "cyan"))
             for each in at.features
         )
-        error = "–" if at.error is None else f"{at.error:.2f}"
-        table.add_row(
-            Text(repr(token)[1:-1]), str(at.num_active), error, words if at.features else Text("outside the SAE", "dim")
-        )
+        error, none = ("–", "outside the SAE") if at.error is None else (f"{at.error:.2f}", "none")
+        table.add_row(Text(repr(token)[1:-1]), str(at.num_active), error, words if at.features else Text(none, "dim"))
     return table
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from steerserve.errors import InvalidRequestError
 from steerserve.lab.commands.options import console
 from steerserve.lab.commands.train import (
     ActivationsOption,
@@ -41,6 +42,9 @@ def sweep_command(
     tensorboard: TensorBoardOption = False,
 ) -> None:
     """Train every point of a grid of settings and compare L0 and FVU; finished runs are not made again."""
+    for axis in grid:
+        if axis.partition("=")[0].strip() == "seed":
+            raise InvalidRequestError("--grid", axis, "another setting: use --seeds")
     sites = Site.parse(site), Site.parse(site_out, "site-out") if site_out else None
     configs = grid_configs(parse_grid([*grid, f"seed={seeds}"]))
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from steerserve.lab.commands.options import record
+from steerserve.errors import AssetError
+from steerserve.lab.commands.options import console, read_record, record
 from steerserve.lab.store import ActivationStore
+from steerserve.lab.training.checkpoint import CHECKPOINT, require_same_settings
 from steerserve.lab.training.metrics import Metrics
 from steerserve.lab.training.run import RunOptions, run, run_settings
 from steerserve.lab.training.settings import train_config
+from steerserve.sae.formats.saelens import WEIGHTS
 from steerserve.types import Site
 
 ActivationsOption = Annotated[Path, typer.Option(help="Directory written by `lab harvest`.")]
@@ -46,7 +49,10 @@ def train_command(
     log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of metrics.csv.")] = 50,
     tensorboard: TensorBoardOption = False,
 ) -> None:
-    """Train an SAE or a transcoder, or go on with an interrupted run in OUT, and save it in SAELens format."""
+    """Train an SAE or a transcoder, or go on with an interrupted run in OUT, and save it in SAELens format.
+
+    A run that is finished already is left as it is.
+    """
     given = {
         "d_sae": d_sae,
         "k": k,
@@ -62,6 +68,10 @@ def train_command(
     config = train_config(architecture, {**settings, "seed": seed})
     out_site = Site.parse(site_out, "site-out") if site_out else None
     store = ActivationStore(activations, Site.parse(site), seed=seed, out_site=out_site)
+    recorded = {**run_settings(store, config), "harvested_tokens": store.manifest.num_tokens}
+    if _is_finished(out, recorded):
+        console.print(f"{out} holds this SAE already, trained with the same settings: nothing to do")
+        return
     with run_progress() as progress:
         task = progress.add_task("train", total=config.steps)
         run(
@@ -71,7 +81,22 @@ def train_command(
             RunOptions(checkpoint_every, log_every, tensorboard),
             lambda metrics: progress.update(task, completed=metrics.step, description=describe(metrics)),
         )
-    record(out, "training", {**run_settings(store, config), "harvested_tokens": store.manifest.num_tokens})
+    record(out, "training", recorded)
+
+
+def _is_finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether ``out`` holds the SAE of ``settings``; what was measured of it would not be true of another one.
+
+    Raises:
+        AssetError: it holds another SAE, or one that does not say how it was trained.
+    """
+    found = read_record(out)
+    if not (out / WEIGHTS).exists() or (out / CHECKPOINT).exists():
+        return False
+    if "training" not in found:
+        raise AssetError(f"{out} holds an SAE without a record of its training; choose another directory")
+    require_same_settings(out, found["training"], settings)
+    return True
 
 
 def run_progress() -> Progress:

@@ -32,6 +32,7 @@ from steerserve.lab.concept_eval.prompts import candidates
 from steerserve.lab.concept_eval.trial import Direction, Setting, Trial
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
+from steerserve.steering.catalog import refuse_unsteerable
 from steerserve.steering.pack_files import save_pack
 from steerserve.steering.packs import ConceptPack
 from steerserve.types import Op, Site
@@ -76,6 +77,8 @@ def build_from_features(
         IncompatibleError: an SAE whose features cannot be edited one by one.
     """
     saes = _in_model_order(saes)
+    for sae in saes:
+        refuse_unsteerable(sae)
     _freeze(model)
     materials = Materials.read(concept, needs_words=True)
     train = materials.train
@@ -248,6 +251,7 @@ def _finish(
         **data,
         "config": asdict(config),
         "strength": strength,
+        "within_budget": result is not None,
         "validation": None if result is None else asdict(result),
     }
     pack = draft.pack(model, strength, record)

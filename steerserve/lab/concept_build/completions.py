@@ -30,9 +30,9 @@ class TextBatch:
     real: torch.Tensor
 
 
-def tokenize(model: LoadedModel, texts: Sequence[str]) -> TextBatch:
-    """Right-padded tokens of ``texts``, cut at ``MAX_TOKENS``."""
-    encoded = model.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=MAX_TOKENS).input_ids
+def tokenize(model: LoadedModel, texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> TextBatch:
+    """Right-padded tokens of ``texts``, cut at ``max_tokens``."""
+    encoded = model.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens).input_ids
     rows = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
     tokens = torch.nn.utils.rnn.pad_sequence(rows, True, float(model.tokenizer.eos_token_id or 0))
     return TextBatch(tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row in rows]))

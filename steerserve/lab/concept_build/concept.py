@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
-from steerserve.errors import AssetError
+from steerserve.errors import AssetError, InvalidRequestError
 from steerserve.lab.concept_build.contrast import contrast_words
 from steerserve.lab.concept_build.strength import Budget
 from steerserve.lab.concept_eval.judges import Judge
@@ -18,6 +19,7 @@ from steerserve.lab.concept_eval.texts import Corpus, Labels
 from steerserve.lab.concept_eval.trial import Direction
 from steerserve.lab.corpus import Split
 from steerserve.lab.lexicon import Lexicon
+from steerserve.steering.packs import Name
 
 MIN_TEXTS = {Split.TRAIN: 20, Split.VALIDATION: 5}
 """Of each kind."""
@@ -32,6 +34,9 @@ class Concept:
         words: a word list; None: learned from the contrast of the train texts, where words are needed.
         judge: what decides in validation whether a continuation shows the concept; None: the words.
         chat: texts are user's turns, each rendered by the model's chat template.
+
+    Raises:
+        InvalidRequestError: a name that no pack can have.
     """
 
     name: str
@@ -43,6 +48,13 @@ class Concept:
     words: Path | None = None
     judge: Judge | None = None
     chat: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            TypeAdapter(Name).validate_python(self.name)
+        except ValidationError as error:
+            expected = "letters, digits, '.', '_' and '-', beginning with a letter or a digit"
+            raise InvalidRequestError("name", self.name, expected) from error
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from steerserve.lab.activations import MASSIVE_NORM_RATIO, activations_of, ordin
 from steerserve.lab.concept_build.completions import tokenize
 from steerserve.lab.concept_build.contrast import auroc
 from steerserve.lab.concept_build.site_rows import MIN_ACTIVATION, SiteRows
+from steerserve.lab.concept_eval.detection import MAX_TOKENS
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
 
@@ -94,10 +95,10 @@ def choose_detector(
 
 @torch.inference_mode()
 def text_scores(model: LoadedModel, rows: SiteRows, weight: torch.Tensor, texts: Sequence[str]) -> Scores:
-    """Largest score over the positions of each text, ``[n]``."""
+    """Largest score over the positions of each text, ``[n]``, cut where the evaluation cuts it."""
     scores: list[torch.Tensor] = []
     for start in range(0, len(texts), BATCH_SIZE):
-        batch = tokenize(model, texts[start : start + BATCH_SIZE])
+        batch = tokenize(model, texts[start : start + BATCH_SIZE], MAX_TOKENS)
         x = activations_of(model, batch.tokens, (rows.site,))[rows.site]
         scores.append((rows.activations(x) @ weight).masked_fill(~batch.real, -torch.inf).amax(1))
     return torch.cat(scores).numpy()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from steerserve.errors import AssetError
-from steerserve.lab.activations import activations_of, ordinary_rows
+from steerserve.lab.activations import MASSIVE_NORM_RATIO, activations_of, ordinary_rows
 from steerserve.lab.concept_build.completions import TextBatch, tokenize
 from steerserve.lab.concept_build.site_rows import MIN_ACTIVATION, SiteRows
 from steerserve.lab.concept_eval.prompts import candidates
@@ -25,7 +25,7 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True, eq=False)
 class ConceptDirection:
-    """One direction, ``[1, d]``, with the mean projections of both kinds of texts.
+    """One direction, ``[1, d]``, with the mean projections of both kinds of texts; undefined on massive activations.
 
     Attributes:
         cap: ``[1]`` mean projection of negative texts.
@@ -43,7 +43,7 @@ def difference_of_means(model: LoadedModel, site: Site, texts: Corpus, chat: boo
     Raises:
         AssetError: the means are the same.
     """
-    positive, negative = (
+    (positive, norms), (negative, other_norms) = (
         _activations(model, site, kind[:max_texts], chat) for kind in (texts.positive, texts.negative)
     )
     difference = positive.mean(0) - negative.mean(0)
@@ -51,22 +51,28 @@ def difference_of_means(model: LoadedModel, site: Site, texts: Corpus, chat: boo
     if not length > 0:
         raise AssetError(f"positive and negative texts have the same mean activation at {site}")
     unit = difference / length
-    rows = SiteRows.of_direction(site, unit, unit)
+    max_norm = MASSIVE_NORM_RATIO * float(torch.cat([norms, other_norms]).median())
+    rows = SiteRows.of_direction(site, unit, unit, max_norm=max_norm)
     largest = (positive @ unit).amax().clamp(min=MIN_ACTIVATION)
     return ConceptDirection(replace(rows, max_activation=largest[None]), (negative.mean(0) @ unit)[None], length[None])
 
 
-def _activations(model: LoadedModel, site: Site, texts: Sequence[str], chat: bool) -> torch.Tensor:
-    """``[n, d]`` float32: of every text its mean over ordinary positions, or of every turn its last position."""
-    parts = []
+def _activations(model: LoadedModel, site: Site, texts: Sequence[str], chat: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[n, d]`` float32: of every text its mean over ordinary positions, or of every turn its last position.
+
+    With it |x| ``[m]`` at all ordinary positions.
+    """
+    parts, norms = [], []
     batches = _turns(model, texts) if chat else [tokenize(model, part) for part in _split(texts)]
     for batch in batches:
         x = activations_of(model, batch.tokens, (site,))[site].float()
-        keep = _last(batch.real) if chat else ordinary_rows(x) & batch.real
+        ordinary = ordinary_rows(x) & batch.real
+        norms.append(x[ordinary].norm(dim=1))
+        keep = _last(batch.real) if chat else ordinary
         count = keep.sum(1)
         means = (x * keep[..., None]).sum(1) / count.clamp(min=1)[:, None]
         parts.append(means[count > 0])
-    return torch.cat(parts)
+    return torch.cat(parts), torch.cat(norms)
 
 
 def _split(texts: Sequence[str]) -> list[Sequence[str]]:

@@ -80,20 +80,25 @@ class SiteRows:
     def activations(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., k]`` f at ``x`` ``[..., d]``, float32."""
         pre = x.float() @ self.W_enc.T + self.b_enc
-        inside = x.float().norm(dim=-1, keepdim=True) <= self.max_norm
-        return torch.where((pre > self.threshold) & inside, pre, 0.0)
+        return torch.where((pre > self.threshold) & self._defined(x), pre, 0.0)
+
+    def _defined(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., k]`` where |x| is in the rows' domain."""
+        defined: torch.Tensor = x.float().norm(dim=-1, keepdim=True) <= self.max_norm
+        return defined
 
     def edited(self, x: torch.Tensor, op: Op, value: torch.Tensor) -> torch.Tensor:
         """x' = x + Σ (f' − f) W_dec, as a policy does it; differentiable in ``value`` ``[k]`` and the rows.
 
-        ``op`` is CLAMP (where active), CLIP or ADD.
+        ``op`` is CLAMP (where active), CLIP (where active, or a direction is defined) or ADD (everywhere).
         """
         f = self.activations(x)
         match op:
             case Op.CLAMP:
                 edit = torch.where(f > 0, value - f, 0.0)
             case Op.CLIP:
-                edit = torch.where((f > 0) | self.threshold.isneginf(), (value - f).clamp(max=0), 0.0)
+                clipped = (f > 0) | (self.threshold.isneginf() & self._defined(x))
+                edit = torch.where(clipped, (value - f).clamp(max=0), 0.0)
             case _:
                 assert op is Op.ADD, op
                 edit = value.expand_as(f)

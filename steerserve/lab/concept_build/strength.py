@@ -54,11 +54,13 @@ def choose_strength(
             console.print(f"strength {strength:g}: KL {reading.mean_kl:.4f}, benign perplexity ×{benign:.3f}: too much")
             continue
         comparison = trial.compare(trial.run(treatment, f"strength {strength:g}"), reading)
-        console.print(f"strength {strength:g}: {described(comparison)}")
+        console.print(f"strength {strength:g}: {described(comparison, trial.setting.direction)}")
         ratio = comparison.continuation_perplexity_ratio.value
         if budget.perplexity_ratio is None or ratio <= budget.perplexity_ratio:
             return strength, comparison
-    console.print(f"no strength keeps within the budget ({budget}); the last one is kept")
+    console.print(
+        f"[yellow]no strength keeps within the budget ({budget}): {strengths[-1]:g}, the last, is kept[/yellow]"
+    )
     return strengths[-1], None
 
 
@@ -67,11 +69,13 @@ def _is_cheap(reading: Reading, perplexity_ratio: float, budget: Budget) -> bool
     return reading.mean_kl <= budget.kl and within
 
 
-def described(result: Comparison) -> str:
+def described(result: Comparison, direction: Direction) -> str:
     """One line of the figures that matter."""
     rate = f"{result.untreated_rate.value:.1%} → {result.rate.value:.1%}"
+    suppress = direction is Direction.SUPPRESS
+    kind, change = ("reduction", result.reduction) if suppress else ("difference", result.difference)
     return (
-        f"shown {rate} (reduction {result.reduction.value:.1%}, {result.reduction.low:.1%} to "
-        f"{result.reduction.high:.1%}), perplexity of continuations ×{result.continuation_perplexity_ratio.value:.3f}, "
+        f"shown {rate} ({kind} {change.value:.1%}, {change.low:.1%} to {change.high:.1%}), "
+        f"perplexity of continuations ×{result.continuation_perplexity_ratio.value:.3f}, "
         f"of benign text ×{result.benign_perplexity_ratio.value:.3f}, KL {result.kl.value:.4f}"
     )

@@ -54,7 +54,7 @@ class Target:
 
     Attributes:
         effect: to suppress, the reduction of the rate; to amplify, the rate.
-        perplexity: largest ratio of both perplexities.
+        perplexity: largest ratio of both perplexities; to amplify, of benign text only.
     """
 
     effect: float
@@ -90,7 +90,7 @@ def verdicts(direction: Direction, target: Target, arms: Sequence[ArmCard]) -> l
     """What the figures of the arm ``policy`` say."""
     (pack,) = [arm for arm in arms if arm.name == "policy"]
     found = [_untreated(pack, direction), _effect(pack, direction, target)]
-    found += [_perplexity(pack, target), _degeneration(pack), _front(pack), _second(pack)]
+    found += [*_perplexity(pack, direction, target), _degeneration(pack), _front(pack), _silent(pack), _second(pack)]
     found += [_ability(task, ability) for task, ability in (pack.ability or {}).items()]
     found += [_no_op(arm) for arm in arms if arm.method == "no-op"]
     return [verdict for verdict in found if verdict is not None]
@@ -118,16 +118,19 @@ def _effect(pack: ArmCard, direction: Direction, target: Target) -> Verdict:
     return Verdict("effect", holds, f"{text}: target {target.effect:.0%} {'met' if holds else 'not met'}.")
 
 
-def _perplexity(pack: ArmCard, target: Target) -> Verdict:
-    figures = pack.steering
-    worst = max(figures.continuation_perplexity_ratio.high, figures.benign_perplexity_ratio.high)
-    holds = worst <= target.perplexity
-    return Verdict(
-        "perplexity",
-        holds,
-        f"Perplexity of continuations ×{times(figures.continuation_perplexity_ratio)}, of benign text "
-        f"×{times(figures.benign_perplexity_ratio)}: target ×{target.perplexity:g} {'met' if holds else 'not met'}.",
-    )
+def _perplexity(pack: ArmCard, direction: Direction, target: Target) -> list[Verdict]:
+    written, benign = pack.steering.continuation_perplexity_ratio, pack.steering.benign_perplexity_ratio
+    on_benign = f"of benign text ×{times(benign)}: target ×{target.perplexity:g}"
+    if direction is Direction.AMPLIFY:
+        holds = benign.high <= target.perplexity
+        informative = f"Perplexity of continuations ×{times(written)}: they are to be what the model would not write."
+        return [
+            Verdict("perplexity", holds, f"Perplexity {on_benign} {'met' if holds else 'not met'}."),
+            Verdict("perplexity of continuations", None, informative),
+        ]
+    holds = max(written.high, benign.high) <= target.perplexity
+    text = f"Perplexity of continuations ×{times(written)}, {on_benign} {'met' if holds else 'not met'}."
+    return [Verdict("perplexity", holds, text)]
 
 
 def _degeneration(pack: ArmCard) -> Verdict:
@@ -143,7 +146,17 @@ def _front(pack: ArmCard) -> Verdict:
     winners = [rival.name for rival in pack.rivals if rival.beats]
     if winners:
         return Verdict("Pareto front", False, f"At no more KL, it is beaten by: {', '.join(winners)}.")
+    if pack.steering.difference.low <= 0 <= pack.steering.difference.high:
+        text = "Not shown to differ from the untreated model in its rate: the Pareto front says nothing of it."
+        return Verdict("Pareto front", None, text)
     return Verdict("Pareto front", True, "No other arm is better at no more KL: it is on the Pareto front.")
+
+
+def _silent(pack: ArmCard) -> Verdict | None:
+    if pack.validation_kl > 0:
+        return None
+    text = "It never fires on benign validation text: no method with a knob is as cheap, and none is compared."
+    return Verdict("benign text", None, text)
 
 
 def _second(pack: ArmCard) -> Verdict | None:

@@ -30,10 +30,11 @@ class KnobMatcher:
         self._read: dict[float, float] = {}
 
     def match(self, target: float) -> Match:
-        """The knob whose KL is nearest to ``target``, by log-log interpolation inside a bracket.
+        """The knob whose KL is nearest to ``target``, above 0, by log-log interpolation inside a bracket.
 
         A method that saturates below the target, or jumps over it, gives its nearest: ``reached`` says so.
         """
+        assert target > 0, target
         low, high = self._bracket(target)
         for _ in range(MAX_READINGS):
             nearest = min(self._read, key=lambda knob: _distance(self._read[knob], target))

@@ -33,7 +33,7 @@ from steerserve.lab.concept_eval.outcome import Outcome, degeneration
 from steerserve.lab.concept_eval.pareto import Point, front, rivals
 from steerserve.lab.concept_eval.prompts import digest
 from steerserve.lab.concept_eval.texts import Corpus, Labels
-from steerserve.lab.concept_eval.trial import Direction, Setting, Trial, reduction
+from steerserve.lab.concept_eval.trial import Direction, Setting, Trial, rates
 from steerserve.lab.concept_eval.tuning import OWN, Arm, Tuner, plan_arms
 from steerserve.lab.corpus import Split, read_documents
 from steerserve.lab.lexicon import Lexicon
@@ -155,11 +155,14 @@ class Evaluation:
     def _arms(self, seen: Mapping[Site, Contrast], site: Site, train: Corpus, validation: Corpus) -> list[Arm]:
         config = self.config
         trial = self._trial(validation, config.validation_prompts, config.validation_seeds, config.tuning_tokens)
-        methods = self._methods(seen, site, train)
-        return list(plan_arms(Tuner(trial, self.console), methods, config.ladder))
+        methods, tuner = self._methods(seen, site, train), Tuner(trial, self.console)
+        if tuner.kl(methods[0].treatment(1.0)) > 0:
+            return list(plan_arms(tuner, methods, config.ladder))
+        # Nothing but the model itself is as cheap as a pack that never fires: there is no knob to find.
+        return list(plan_arms(tuner, [methods[0], *(method for method in methods if method.knob is None)], ()))
 
     def _methods(self, seen: Mapping[Site, Contrast], site: Site, train: Corpus) -> list[Method]:
-        """Those that apply: random features need the pack's SAEs, a token list needs a word list."""
+        """The pack, then those that apply: random features need the pack's SAEs, a token list needs a word list."""
         direction, words = self.setting.direction, self.setting.primary.words
         max_norm = float(self.pack.tensors.max_norm.max())
         methods = [
@@ -241,7 +244,8 @@ class Evaluation:
             "benign_tokens": trial.benign.num_tokens,
             "target": vars(self.target),
             "config": vars(self.config),
-            "interval": "95 %, percentile bootstrap over prompts (benign text: over contexts), arms paired",
+            "interval": "95 %, percentile bootstrap over prompts (benign text: over contexts), arms paired; "
+            "rates of 0 and 1, and reductions to 0, by Clopper-Pearson over prompts",
         }
 
 
@@ -280,5 +284,4 @@ def _second(trial: Trial, outcome: Outcome) -> dict[str, Interval] | None:
     if trial.setting.second is None:
         return None
     ours, theirs = outcome.second_rate(trial.resamples), trial.untreated.second_rate(trial.resamples)
-    figures = {"rate": ours, "untreated_rate": theirs, "reduction": reduction(ours, theirs)}
-    return {name: Interval.of(draws) for name, draws in figures.items()}
+    return rates(ours, theirs, len(trial.prompts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -108,9 +108,7 @@ class Trial:
         ours, theirs = outcome.rate(self.resamples), self.untreated.rate(self.resamples)
         perplexity = quotient(outcome.perplexity(self.resamples), self.untreated.perplexity(self.resamples))
         return Comparison(
-            rate=Interval.of(ours),
-            untreated_rate=Interval.of(theirs),
-            reduction=Interval.of(reduction(ours, theirs)),
+            **rates(ours, theirs, len(self.prompts)),
             difference=Interval.of(ours - theirs),
             continuation_perplexity_ratio=Interval.of(perplexity),
             benign_perplexity_ratio=Interval.of(reading.perplexity_ratio(self.benign_resamples)),
@@ -118,9 +116,27 @@ class Trial:
         )
 
 
-def reduction(treated: Draws, untreated: Draws) -> Draws:
-    """1 − treated/untreated rate; NaN where the untreated model has nothing to reduce."""
-    return 1 - quotient(treated, untreated)
+def rates(treated: Draws, untreated: Draws, num_prompts: int) -> dict[str, Interval]:
+    """``rate``, ``untreated_rate`` and ``reduction``, which is NaN where there is nothing to reduce.
+
+    Resamples of a rate of 0 or 1 have no spread. Its open end is the Clopper-Pearson bound of the share of prompts
+    with a continuation unlike all others: of several seeds of a prompt it counts none but the first.
+    """
+    bound = 1 - 0.025 ** (1 / num_prompts)
+    reduction = Interval.of(1 - quotient(treated, untreated))
+    if treated[0] == 0 < untreated[0]:
+        reduction = replace(reduction, low=1 - bound / float(untreated[0]))
+    return {
+        "rate": _opened(Interval.of(treated), bound),
+        "untreated_rate": _opened(Interval.of(untreated), bound),
+        "reduction": reduction,
+    }
+
+
+def _opened(rate: Interval, bound: float) -> Interval:
+    if rate.value == 0:
+        return replace(rate, high=bound)
+    return replace(rate, low=1 - bound) if rate.value == 1 else rate
 
 
 def draw_prompts(model: LoadedModel, corpus: Corpus, setting: Setting, count: int) -> list[Prompt]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 
 from steerserve.errors import AssetError
 from steerserve.lab.activations import activations_of, ordinary_rows, pack_contexts
-from steerserve.lab.manifest import Manifest
+from steerserve.lab.manifest import Manifest, open_shard
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
 
@@ -81,7 +80,7 @@ class HarvestSource:
         for name in manifest.shards:
             if contexts >= wanted:
                 break
-            with safe_open(directory / name, framework="pt") as file:
+            with open_shard(directory, name) as file:
                 if "input_ids" not in file.keys():  # noqa: SIM118 - it is not a mapping
                     raise AssetError(f"{directory / name} has no input_ids; run `steerserve lab harvest` again")
                 tokens = file.get_tensor("input_ids")[: wanted - contexts]
@@ -95,10 +94,10 @@ class HarvestSource:
         """See ``Source``."""
         first = 0
         for name, contexts in self._shards:
-            with safe_open(self._directory / name, framework="pt") as file:
+            with open_shard(self._directory, name) as file:
                 context, position = file.get_tensor("context").long(), file.get_tensor("position").long()
                 x = file.get_tensor(self._site)
-            context -= context[0].item() if len(context) else 0
+            context -= first  # not the first that is there: a context may have lost all of its rows
             for start in range(0, len(contexts), max_contexts):
                 tokens = contexts[start : start + max_contexts]
                 mine = (context >= start) & (context < start + len(tokens))

@@ -75,10 +75,10 @@ def read_metrics(directory: Path) -> list[Metrics]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
+        whole = (line for line in file if line.endswith("\n"))  # the last one of a killed run may be cut off
         return [
             Metrics(step=int(line.pop("step")), **{name: float(value) for name, value in line.items()})
-            for line in csv.DictReader(file)
-            if None not in line.values()  # the last one of a killed run may be cut off
+            for line in csv.DictReader(whole)
         ]
 
 

@@ -116,7 +116,7 @@ class BatchTopKConfig(TopKConfig):
     architecture: Literal["batchtopk", "matryoshka"] = "batchtopk"
 
     threshold_decay: float = Field(default=0.999, ge=0, lt=1)
-    """Of the running average of each batch's smallest survivor, which becomes the threshold."""
+    """Of the running average of each batch's smallest survivor, which becomes the threshold; less in a short run."""
 
 
 class MatryoshkaConfig(BatchTopKConfig):

@@ -78,7 +78,10 @@ def grid_configs(grid: Grid) -> dict[str, TrainConfig]:
         fields = CONFIGS[architecture].model_fields if architecture in CONFIGS else {}
         if "target_l0" in fields and "k" in point:
             point.setdefault("target_l0", point.pop("k"))
-        configs[name] = train_config(architecture, point)
+        config = train_config(architecture, point)
+        if config in configs.values():
+            raise InvalidRequestError("grid", name, "points that differ; another one has the same settings")
+        configs[name] = config
     return configs
 
 

@@ -9,13 +9,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
-from steerserve.errors import AssetError
+from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
+from steerserve.kernels.steer_delta import OpCode, edit_of
+from steerserve.lab.activations import MASSIVE_NORM_RATIO, activations_of, ordinary_rows
 from steerserve.lab.concept_build.build import BuildConfig, build_from_direction, build_from_features
+from steerserve.lab.concept_build.completions import tokenize
 from steerserve.lab.concept_build.concept import Concept
+from steerserve.lab.concept_build.detectors import Detector
+from steerserve.lab.concept_build.draft import PackDraft
 from steerserve.lab.concept_build.fitting import FitConfig
 from steerserve.lab.concept_build.selection import SelectionConfig
+from steerserve.lab.concept_build.site_rows import SiteRows
 from steerserve.lab.concept_build.strength import Budget
 from steerserve.lab.concept_eval.judges import Judge
 from steerserve.lab.concept_eval.texts import Labels
@@ -92,6 +99,7 @@ def test_a_pack_of_several_sites_is_built_and_served(
     data = pack.card.data
     assert data["words"] == {"learned": ["duck"]}
     assert data["strength"] == 2.0
+    assert data["within_budget"] is True
     assert data["validation"]["kl"]["value"] > 0
     assert data["labels"] == {"positive": ["dog"], "negative": ["other"]}
     assert 230 < data["texts"]["train"]["positive"] < 300
@@ -136,6 +144,7 @@ def test_a_card_claims_no_budget_that_was_not_kept(tiny: LoadedModel, concept: C
     pack = build_from_direction(tiny, [LATE], impossible, CONFIG, tmp_path / "p", console)
     assert pack.card.data["validation"] is None
     assert pack.card.data["strength"] == 1.0, "the weakest"
+    assert pack.card.data["within_budget"] is False
 
 
 @pytest.mark.parametrize(("direction", "op"), [(Direction.SUPPRESS, Op.CLIP), (Direction.AMPLIFY, Op.ADD)])
@@ -153,10 +162,16 @@ def test_a_direction_is_the_unit_difference_of_means(
         assert len(edited) == 1
         assert np.linalg.norm(edited.W_dec[0]) == pytest.approx(1, abs=1e-5)
         np.testing.assert_array_equal(edited.W_enc, edited.W_dec)
-        assert edited.threshold[0] == -np.inf
         assert edited.feature_ids[0] == -1
+        texts = [f"{pack.name} {number}" for number in range(20)]
+        x = activations_of(tiny, tokenize(tiny, texts).tokens, (site,))[site]
+        typical = float(x[ordinary_rows(x)].norm(dim=1).median())
+        assert edited.max_norm[0] == pytest.approx(MASSIVE_NORM_RATIO * typical, rel=0.3)
         if op is Op.ADD:
+            assert edited.threshold[0] == -np.inf
             assert edited.value[0] > 0
+        else:  # active above its cap, and cut to it
+            assert edited.threshold[0] == edited.value[0] == 0
     assert load_pack(tmp_path / "p").sha256 == pack.sha256
 
 
@@ -166,7 +181,7 @@ def test_the_cap_is_where_negative_texts_are(tiny: LoadedModel, concept: Concept
     for strength in (0.0, 1.0):
         config = replace(CONFIG, suppressing=(strength,))
         pack = build_from_direction(tiny, [LATE], concept, config, tmp_path / str(strength), Console(quiet=True))
-        values.append(float(pack.tensors.value[pack.tensors.edited][0]))
+        values.append(-float(pack.tensors.b_enc[pack.tensors.edited][0]))
     gap = build_from_direction(
         tiny, [LATE], replace(concept, direction=Direction.AMPLIFY), replace(CONFIG, amplifying=(1.0,)),
         tmp_path / "gap", Console(quiet=True),
@@ -196,3 +211,32 @@ def test_what_nothing_can_be_built_from_is_refused(
         twice = [saes[0], replace(saes[0], name="again")]
         build_from_features(tiny, twice, concept, CONFIG, tmp_path / "p", Console(quiet=True))
     assert not (tmp_path / "p").exists()
+
+
+def test_what_can_be_known_at_once_is_refused_before_texts_are_read(
+    tiny: LoadedModel, saes: list[SAE], concept: Concept, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidRequestError, match=r"name: got 'two words', expected letters, digits, .* beginning"):
+        replace(concept, name="two words")
+    unread = replace(concept, positive=[tmp_path / "nothing.txt"])
+    topk = replace(saes[1], k=4)
+    with pytest.raises(IncompatibleError, match="one by one: early is a TopK SAE"):
+        build_from_features(tiny, [saes[0], topk], unread, CONFIG, tmp_path / "p", Console(quiet=True))
+
+
+@pytest.mark.parametrize("cap", [-2.0, 2.0])
+def test_a_capped_direction_is_served_as_it_was_fitted_and_ends_at_its_domain(tiny: LoadedModel, cap: float) -> None:
+    unit = torch.nn.functional.one_hot(torch.tensor(0), 32).float()
+    rows = SiteRows.of_direction(LATE, unit, unit, bias=0.5, max_norm=10.0)
+    probe = Detector("probe", rows, torch.ones(1), 0.0, None, 1.0)
+    at, one = torch.tensor([cap]), torch.ones(1)
+    draft = PackDraft("duck", "", Op.CLIP, Direction.SUPPRESS, [rows], [at], [one], probe)
+    t = draft.pack(tiny, 0.0, {}).tensors
+    x = torch.zeros(5, 32)
+    x[:, 0] = torch.tensor([-5.0, -1.0, 5.0, 30.0, -30.0])  # the last two out of the domain
+    expected = torch.cat([x[:3, 0].clamp(max=cap - 0.5), x[3:, 0]])
+    torch.testing.assert_close(rows.edited(x, Op.CLIP, at)[:, 0], expected)
+    pre = x.numpy() @ t.W_enc[0] + t.b_enc[0]
+    f = np.where((pre > t.threshold[0]) & (np.abs(x[:, 0].numpy()) <= t.max_norm[0]), pre, 0)
+    edit = edit_of(torch.full((5,), OpCode.CLIP), torch.from_numpy(f), torch.full((5,), float(t.value[0])))
+    torch.testing.assert_close(x[:, 0] + edit, expected)

@@ -11,6 +11,7 @@ import torch
 
 from steerserve.lab.concept_build.detectors import Detector, LabelledTexts, choose_detector, text_scores
 from steerserve.lab.concept_build.site_rows import SiteRows
+from steerserve.lab.concept_eval.detection import MAX_TOKENS
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.types import Site
@@ -82,6 +83,12 @@ def test_a_text_scores_as_its_highest_token_whatever_stands_beside_it(tiny: Load
     weight = torch.linspace(-1, 1, 8)
     alone = np.concatenate([text_scores(tiny, rows, weight, [text]) for text in ("ab", "a longer text")])
     np.testing.assert_allclose(text_scores(tiny, rows, weight, ["ab", "a longer text"]), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_texts_are_scored_as_far_as_they_are_judged(tiny: LoadedModel, random_sae: SAE, token_id) -> None:
+    rows = SiteRows.of_sae(feature_of(tiny, random_sae, token_id("Z")), [0], torch.ones(1))
+    late = ["a" * place + "Z" for place in (MAX_TOKENS - 1, MAX_TOKENS)]
+    assert (text_scores(tiny, rows, torch.ones(1), late) > 0).tolist() == [True, False]
 
 
 def test_a_detector_follows_from_its_texts(tiny: LoadedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ from rich.console import Console
 
 from steerserve.lab.bootstrap import Interval
 from steerserve.lab.concept_build import strength as module
-from steerserve.lab.concept_build.strength import Budget, choose_strength
+from steerserve.lab.concept_build.strength import Budget, choose_strength, described
 from steerserve.lab.concept_eval.trial import Comparison, Direction
 
 KL = {3.0: 0.5, 2.0: 0.05, 1.0: 0.04, 0.5: 0.01}
@@ -21,6 +22,7 @@ class FakeTrial:
     """Costs by strength; a treatment is its strength."""
 
     model, benign_resamples = None, None
+    setting = SimpleNamespace(direction=Direction.SUPPRESS)
 
     def __init__(self) -> None:
         self.run_at: list[float] = []
@@ -51,11 +53,21 @@ class FakeTrial:
 )
 def test_the_strongest_within_the_budget(budget, chosen, run_at, monkeypatch) -> None:
     monkeypatch.setattr(module, "Treatment", SimpleNamespace(policy=lambda model, pack: pack))
-    trial = FakeTrial()
-    strength, result = choose_strength(trial, lambda strength: strength, tuple(KL), budget, Console(quiet=True))
+    trial, written = FakeTrial(), StringIO()
+    console = Console(file=written, force_terminal=True, color_system="standard", width=300)
+    strength, result = choose_strength(trial, lambda strength: strength, tuple(KL), budget, console)
+    assert ("\x1b[33mno strength keeps within" in written.getvalue()) == (chosen is None), "in yellow"
     assert strength == (chosen or 0.5), "the weakest, if none is"
     assert (result is None) == (chosen is None)
     assert trial.run_at == run_at
+
+
+def test_where_nothing_was_to_reduce_the_difference_is_told() -> None:
+    nothing, figure = Interval(float("nan"), float("nan"), float("nan")), Interval(0.5, 0.4, 0.6)
+    result = Comparison(figure, Interval(0.0, 0.0, 0.1), nothing, figure, figure, figure, figure)
+    line = described(result, Direction.AMPLIFY)
+    assert line.startswith("shown 0.0% → 50.0% (difference 50.0%, 40.0% to 60.0%)")
+    assert "nan" not in line
 
 
 def test_what_is_to_be_written_may_surprise_the_model() -> None:

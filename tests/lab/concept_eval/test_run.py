@@ -96,10 +96,10 @@ def test_an_evaluation_end_to_end(evaluation: Evaluation, tmp_path: Path) -> Non
     measured = save_pack(
         evaluation.pack.card.model_copy(update={"evaluation": figures}), evaluation.pack.tensors, tmp_path / "mood"
     )
-    page = render_card(measured)
-    assert all(name in page for name in names)
-    assert all(verdict.text.split(":")[0] in page for verdict in card.verdicts if "&" not in verdict.text)
-    assert "http" not in page.replace("http-equiv", "")
+    html = render_card(measured)
+    assert all(name in html for name in names)
+    assert all(verdict.text.split(":")[0] in html for verdict in card.verdicts if "&" not in verdict.text)
+    assert "http" not in html.replace("http-equiv", "")
 
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "arms").iterdir()}
     again, _ = replace(evaluation, pack=measured).run()  # read back, whatever stands in the card by now
@@ -221,6 +221,42 @@ def test_to_amplify_the_rate_itself_must_be_reached() -> None:
     pack = arm(steering=replace(arm().steering, rate=Interval(0.6, 0.55, 0.7), untreated_rate=Interval(0.01, 0, 0.02)))
     assert failing(pack, Direction.AMPLIFY, 0.5) == []
     assert failing(pack, Direction.AMPLIFY, 0.56) == ["effect"]
+
+
+def test_to_amplify_only_benign_perplexity_has_a_target() -> None:
+    def amplified(**changes: Interval) -> ArmCard:
+        return arm(steering=replace(arm().steering, rate=Interval(0.9, 0.9, 1.0), **changes))
+
+    surprising = amplified(continuation_perplexity_ratio=Interval(3.0, 2.0, 4.0))
+    assert failing(surprising, Direction.AMPLIFY) == []
+    (written,) = [v for v in verdicts(Direction.AMPLIFY, Target(0.9), [surprising]) if "of continuations" in v.about]
+    assert written.holds is None
+    assert "×3.000" in written.text
+    assert failing(amplified(benign_perplexity_ratio=Interval(1.09, 1.0, 1.12)), Direction.AMPLIFY) == ["perplexity"]
+
+
+@pytest.mark.parametrize(("low", "high", "holds"), [(-0.3, -0.2, True), (-0.1, 0.1, None), (0.0, 0.0, None)])
+def test_a_pack_that_does_nothing_is_on_no_front(low: float, high: float, holds: bool | None) -> None:
+    pack = arm(steering=replace(arm().steering, difference=Interval(low, low, high)))
+    found = {verdict.about: verdict.holds for verdict in verdicts(Direction.SUPPRESS, Target(0.9), [pack])}
+    assert found["Pareto front"] is holds
+    assert "benign text" not in found
+
+
+def test_a_pack_that_never_fires_on_benign_text_is_compared_with_what_has_no_knob(evaluation: Evaluation) -> None:
+    tensors = replace(evaluation.pack.tensors, max_norm=np.zeros(4, dtype=np.float32))
+    silent = replace(evaluation.pack, tensors=tensors)
+    card, _ = replace(evaluation, pack=silent, setting=replace(evaluation.setting, arms=Arms(None))).run()
+    assert [arm.name for arm in card.arms] == [
+        "policy",
+        "prompt instruction",
+        "policy, KL of prompt instruction",
+        "no-op",
+    ]
+    assert card.arms[0].validation_kl == 0
+    assert not card.arms[2].reached
+    (verdict,) = [verdict for verdict in card.verdicts if verdict.about == "benign text"]
+    assert "never fires" in verdict.text
 
 
 def test_outputs_can_be_read_blind(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from steerserve.errors import AssetError
-from steerserve.lab.bootstrap import Resamples
+from steerserve.lab.bootstrap import Interval, Resamples
 from steerserve.lab.concept_eval import continuations as continuations_module
 from steerserve.lab.concept_eval.continuations import MAX_TOKENS, Arms, Continuation, continue_prompts
 from steerserve.lab.concept_eval.judges import Judge, judge
@@ -19,7 +19,7 @@ from steerserve.lab.concept_eval.outcome import Outcome, degeneration
 from steerserve.lab.concept_eval.prompts import MAX_PROMPT_TOKENS, Prompt, candidates, seeds_for
 from steerserve.lab.concept_eval.texts import Corpus
 from steerserve.lab.concept_eval.treatments import Treatment
-from steerserve.lab.concept_eval.trial import Direction, Setting, Trial, draw_prompts
+from steerserve.lab.concept_eval.trial import Direction, Setting, Trial, draw_prompts, rates
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.packs import ConceptPack
 
@@ -170,6 +170,20 @@ def test_a_concept_to_suppress_is_drawn_and_one_to_amplify_is_not(tiny: LoadedMo
     assert [p.text for p in taken] == [p.text for p in candidates(tiny, corpus.negative, False)[:6]]
     with pytest.raises(AssetError, match="no prompt made of the positive texts"):
         draw_prompts(tiny, Corpus(sentences[:2], sentences[:2]), Setting(Direction.SUPPRESS, NEVER), 6)
+
+
+def test_rates_without_spread_are_bounded_over_prompts() -> None:
+    """0 of 100 prompts: at most 3.6 % of prompts, at 97.5 %."""
+    half, none, every = (np.full(9, rate) for rate in (0.5, 0.0, 1.0))
+    found = rates(none, half, 100)
+    assert (found["rate"].value, found["rate"].low) == (0, 0)
+    assert (1 - found["rate"].high) ** 100 == pytest.approx(0.025)
+    assert found["rate"].high == pytest.approx(0.0362, abs=1e-4)
+    assert found["reduction"] == Interval(1.0, pytest.approx(1 - found["rate"].high / 0.5), 1.0)
+    assert rates(every, half, 100)["rate"] == Interval(1.0, pytest.approx(1 - found["rate"].high), 1.0)
+    assert rates(half, none, 100)["untreated_rate"] == found["rate"]
+    assert np.isnan(rates(none, none, 100)["reduction"].low)
+    assert rates(half, every, 100)["reduction"] == Interval(0.5, 0.5, 0.5)
 
 
 def test_a_trial_compares_with_the_untreated_arm(tiny: LoadedModel, treated: Treatment, sentences: list[str]) -> None:

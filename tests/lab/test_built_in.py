@@ -72,10 +72,8 @@ def test_the_built_in_guard_guards(smollm2: LoadedModel) -> None:
 
 
 def test_the_card_holds_what_it_promises(smollm2: LoadedModel) -> None:
-    evaluation = Catalog.load(smollm2, ["profanity"]).packs["profanity"].card.evaluation
-    assert evaluation["arms"][0]["name"] == "policy"
-    steering = evaluation["arms"][0]["steering"]
-    assert steering["untreated_rate"]["value"] >= 0.2
+    steering = Catalog.load(smollm2, ["profanity"]).packs["profanity"].card.evaluation["steering"]
+    assert steering["unguarded"]["harm_rate"] >= 0.2
     assert steering["reduction"]["low"] >= 0.8
     assert steering["continuation_perplexity_ratio"]["high"] <= 1.15
-    assert steering["benign_perplexity_ratio"]["high"] <= 1.15
+    assert steering["benign_perplexity_ratio"] <= 1.15

@@ -4,9 +4,10 @@
   The proto path *is* the package path, so that the imports protoc writes resolve as they stand:
   ``from steerserve.v1 import generation_pb2, generation_pb2_grpc``. Generated code is never committed.
 * ``csrc/*.cpp`` and ``csrc/cpu/*.cpp`` become ``steerserve.kernels._C``, compiled by ninja. A source named
-  ``*_avx2.cpp``, ``*_avx512.cpp`` or ``*_amx.cpp`` gets that instruction set, all others the baseline of the
-  platform: the binary runs on any x86-64 and picks its path at run time. OpenMP pragmas are compiled, but no OpenMP
-  runtime is linked: the symbols bind to the runtime that torch has loaded (see ``steerserve/kernels/native.py``).
+  ``*_avx2.cpp``, ``*_avx512.cpp``, ``*_avx512_bf16.cpp`` or ``*_amx.cpp`` gets that instruction set, all others the
+  baseline of the platform: the binary runs on any x86-64 and picks its path at run time. OpenMP pragmas are compiled,
+  but no OpenMP runtime is linked: the symbols bind to the runtime that torch has loaded (see
+  ``steerserve/kernels/native.py``).
 * ``csrc/cuda/*`` becomes ``steerserve.kernels._cuda`` where nvcc is found; no GPU is needed or asked for. The CUDA
   runtime is linked statically, so that the module loads everywhere. ``STEERSERVE_CUDA=1`` makes a missing nvcc an
   error, ``0`` builds without.
@@ -34,6 +35,8 @@ ISA_FLAGS = {
     "_avx2.cpp": "-mavx2 -mfma",
     # g++ 12 warns about its own intrinsics (GCC bug 105593).
     "_avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -Wno-uninitialized -Wno-maybe-uninitialized",
+    "_avx512_bf16.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mavx512bf16 "
+    "-Wno-uninitialized -Wno-maybe-uninitialized",
     "_amx.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mamx-tile -mamx-bf16 "
     "-Wno-uninitialized -Wno-maybe-uninitialized",
 }

@@ -14,8 +14,10 @@ namespace {
 
 const LinearKernel& select_kernel(const LinearArgs& args) {
 #if defined(__x86_64__)
-  if (simd_level() == SimdLevel::amx && args.type == DType::bfloat16 && args.d_out >= linear_kernel_amx.packing.granule)
-    return linear_kernel_amx;
+  if (args.type == DType::bfloat16) {
+    if (simd_level() == SimdLevel::amx && args.d_out >= linear_kernel_amx.packing.granule) return linear_kernel_amx;
+    if (simd_level() == SimdLevel::avx512_bf16) return linear_kernel_avx512_bf16;
+  }
 #endif
   return kernels().linear;
 }

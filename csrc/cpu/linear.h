@@ -14,7 +14,8 @@ struct LinearKernel {
   void (*multiply)(const LinearArgs& args, const Product& product, int64_t begin, int64_t end, float* tile);
 };
 
-// For bfloat16, at level amx of simd.h; d_out must not be less than its granule.
+// For bfloat16, at the levels of simd.h of these names; for amx, d_out must not be less than its granule.
+extern const LinearKernel linear_kernel_avx512_bf16;
 extern const LinearKernel linear_kernel_amx;
 
 }  // namespace steerserve

@@ -26,10 +26,11 @@ inline void store_block(const LinearArgs& args, const Block& block, int64_t tile
   with_types(args.type, args.type, [&](auto t, auto) { store_block_of<decltype(t)>(args, block, tile_stride); });
 }
 
-inline void pack_linear(const LinearArgs& args, int64_t begin, int64_t end, void* packed) {
+template <class V>
+void pack_linear(const LinearArgs& args, int64_t begin, int64_t end, void* packed) {
   for (int64_t i = begin; i < end; ++i)
-    widen_into(static_cast<float*>(packed) + i * packed_stride(args.d_in), args.x, args.type, i * args.x_row_stride,
-               args.d_in);
+    pack_into(static_cast<typename V::Packed*>(packed) + i * packed_stride(args.d_in), args.x, args.type,
+              i * args.x_row_stride, args.d_in);
 }
 
 template <class V>
@@ -38,7 +39,7 @@ void multiply_linear(const LinearArgs& args, const Product& product, int64_t beg
 }
 
 template <class V>
-constexpr LinearKernel linear_kernel{{kFeatures, kRows<V>, widened_size}, pack_linear, multiply_linear<V>};
+constexpr LinearKernel linear_kernel{{kFeatures, kRows<V>, packed_size<V>}, pack_linear<V>, multiply_linear<V>};
 
 }  // namespace
 }  // namespace steerserve

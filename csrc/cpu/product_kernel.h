@@ -1,8 +1,9 @@
 // Products by multiply-adds over a vector type of vec.h: the kernel for any types of rows and weights.
 //
-// Rows are widened to float once. The inner tile multiplies kFeatures features with up to kRows rows along d, one
-// vector accumulator a product: enough products that loads do not bound it, few enough for the registers. d is cut
-// into blocks so that the rows of a tile stay in the first-level cache while a panel's features pass.
+// Rows are packed once as V::Packed: widened to float, or, to be multiplied in pairs, as bfloat16. The inner tile
+// multiplies kFeatures features with up to kRows rows along d, one vector accumulator a product: enough products that
+// loads do not bound it, few enough for the registers. d is cut into blocks so that the rows of a tile stay in the
+// first-level cache while a panel's features pass.
 //
 // Nothing is prefetched by hand: a panel is one stretch of memory, which the hardware follows at full bandwidth, and
 // prefetches for the next panel, tried, take the line buffers that this one's loads need. See vec.h for why nothing
@@ -19,24 +20,32 @@ constexpr int kFeatures = 4;
 
 // With kFeatures, as many sums as leave registers for the operands.
 template <class V>
-constexpr int kRows = V::width == 1 ? 2 : V::width / 8 * 3;
+constexpr int kRows = V::Sum::width == 1 ? 2 : V::Sum::width / 8 * 3;
 
 // Elements of a row that are multiplied before the next features come: kRows of them fill half of the cache.
-constexpr int64_t kMaxBlock = 1024;
+template <class V>
+constexpr int64_t kMaxBlock = 4096 / sizeof(typename V::Packed);
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A packed row is d floats; rows are padded so that they do not fall on the same cache sets.
-inline int64_t packed_stride(int64_t d) { return ceil_div(d, 16) * 16 + 16; }
+// A packed row is d elements; rows are padded so that they do not fall on the same cache sets.
+inline int64_t packed_stride(int64_t d) { return ceil_div(d, 32) * 32 + 32; }
 
-inline int64_t widened_size(int64_t num_rows, int64_t d) { return num_rows * packed_stride(d) * sizeof(float); }
+template <class V>
+int64_t packed_size(int64_t num_rows, int64_t d) {
+  return num_rows * packed_stride(d) * sizeof(typename V::Packed);
+}
 
 // Packs the row that begins at element `first` of x.
-inline void widen_into(float* packed, const void* x, DType type, int64_t first, int64_t d) {
+inline void pack_into(float* packed, const void* x, DType type, int64_t first, int64_t d) {
   with_types(type, type, [&](auto x_type, auto) {
     const auto* row = static_cast<const decltype(x_type)*>(x) + first;
     for (int64_t c = 0; c < d; ++c) packed[c] = widen(row[c]);
   });
+}
+
+inline void pack_into(BFloat16* packed, const void* x, DType, int64_t first, int64_t d) {
+  __builtin_memcpy(packed, static_cast<const BFloat16*>(x) + first, d * sizeof(BFloat16));
 }
 
 // totals[j] = the sum of v[j]'s lanes, in an order that is the same for all j.
@@ -62,6 +71,15 @@ inline void sums_of(const VecAvx512 (&v)[kFeatures], float* totals) {
 }
 #endif
 
+// body(W()) for the storage types of weights that V multiplies rows with.
+template <class V, class Body>
+void with_weights(DType type, Body body) {
+  if constexpr (V::width == V::Sum::width)
+    with_types(type, type, [&](auto, auto w) { body(w); });
+  else
+    body(BFloat16());
+}
+
 // body(Count<n>()) for n = 1 .. N.
 template <int N>
 struct Count {
@@ -78,11 +96,11 @@ void with_count(int64_t n, Body body) {
 // product[r][j] += x[r] · w[j] for R rows and the first `num_features` of kFeatures features, over `count` of their
 // elements. w names a feature that may be read even where there is none.
 template <class V, int R, class W>
-void multiply_tile(const float* x, int64_t x_stride, const W* const (&w)[kFeatures], int64_t num_features,
+void multiply_tile(const typename V::Packed* x, int64_t x_stride, const W* const (&w)[kFeatures], int64_t num_features,
                    int64_t count, float* product, int64_t product_stride) {
-  V sum[R][kFeatures];
+  typename V::Sum sum[R][kFeatures];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < kFeatures; ++j) sum[r][j] = V::splat(0.0f);
+    for (int j = 0; j < kFeatures; ++j) sum[r][j] = V::Sum::splat(0.0f);
   const auto multiply_at = [&](int64_t i, auto... rest) {
     V weights[kFeatures];
     for (int j = 0; j < kFeatures; ++j) weights[j] = V::load(w[j] + i, rest...);
@@ -103,10 +121,10 @@ void multiply_tile(const float* x, int64_t x_stride, const W* const (&w)[kFeatur
 
 // Features [begin, end) with rows x[0 .. R): the tile of one panel and row group.
 template <class V, int R, class W>
-void multiply_panel(const Product& product, const float* x, int64_t begin, int64_t end, float* tile) {
+void multiply_panel(const Product& product, const typename V::Packed* x, int64_t begin, int64_t end, float* tile) {
   const int64_t d = product.d, x_stride = packed_stride(d);
-  const int64_t num_blocks = d <= kMaxBlock ? 1 : ceil_div(d, kMaxBlock);
-  const int64_t block = ceil_div(ceil_div(d, num_blocks), 16) * 16;
+  const int64_t num_blocks = d <= kMaxBlock<V> ? 1 : ceil_div(d, kMaxBlock<V>);
+  const int64_t block = ceil_div(ceil_div(d, num_blocks), 32) * 32;
   const W* weights = static_cast<const W*>(product.weights);
   // Weights that no other rows will meet are read in the order they lie in.
   const int64_t sweep = product.num_rows == R ? kFeatures : end - begin;
@@ -134,8 +152,8 @@ void multiply(const Product& product, int64_t begin, int64_t end, float* tile, F
     for (int64_t group = 0; group < num_groups; ++group) {
       const int64_t row_begin = group * product.num_rows / num_groups,
                     row_end = (group + 1) * product.num_rows / num_groups;
-      const float* x = static_cast<const float*>(product.packed) + row_begin * packed_stride(product.d);
-      with_types(DType::float32, product.w_type, [&](auto, auto w) {
+      const auto* x = static_cast<const typename V::Packed*>(product.packed) + row_begin * packed_stride(product.d);
+      with_weights<V>(product.w_type, [&](auto w) {
         with_count<kRows<V>>(row_end - row_begin, [&](auto rows) {
           multiply_panel<V, decltype(rows)::value, decltype(w)>(product, x, first, last, tile);
         });

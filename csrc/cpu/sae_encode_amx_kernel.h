@@ -15,7 +15,7 @@ inline void pack_for_amx(const SaeEncodeArgs& args, const int32_t* rows, Normali
   };
   interleave_rows(args.num_rows, args.d, begin, end, packed, row_at);
   for (int64_t i = begin; i < end; ++i) {
-    widen_into(wide, row_at(i), DType::bfloat16, 0, args.d);
+    pack_into(wide, row_at(i), DType::bfloat16, 0, args.d);
     stats[i] = row_stats<VecAvx512>(wide, args.d, normalization);
   }
 }

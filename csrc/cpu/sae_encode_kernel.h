@@ -67,7 +67,7 @@ void widen_rows(const SaeEncodeArgs& args, const int32_t* rows, Normalization no
                 void* packed, RowStats* stats, float*) {
   for (int64_t i = begin; i < end; ++i) {
     float* wide = static_cast<float*>(packed) + i * packed_stride(args.d);
-    widen_into(wide, args.x, args.x_type, (rows ? rows[i] : i) * args.x_row_stride, args.d);
+    pack_into(wide, args.x, args.x_type, (rows ? rows[i] : i) * args.x_row_stride, args.d);
     stats[i] = row_stats<V>(wide, args.d, normalization);
   }
 }
@@ -78,7 +78,7 @@ void encode_features(const EncodeBatch& batch, int64_t begin, int64_t end, float
 }
 
 template <class V>
-constexpr EncodeKernel encode_kernel{{kFeatures, kRows<V>, widened_size}, widen_rows<V>, encode_features<V>};
+constexpr EncodeKernel encode_kernel{{kFeatures, kRows<V>, packed_size<V>}, widen_rows<V>, encode_features<V>};
 
 }  // namespace
 }  // namespace steerserve

@@ -42,6 +42,8 @@ const char* simd_level_name(SimdLevel level) {
       return "avx2";
     case SimdLevel::avx512:
       return "avx512";
+    case SimdLevel::avx512_bf16:
+      return "avx512_bf16";
     case SimdLevel::amx:
       return "amx";
     default:
@@ -57,7 +59,9 @@ std::vector<SimdLevel> supported_simd_levels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
     levels.push_back(SimdLevel::avx512);
-  if (levels.back() == SimdLevel::avx512 && request_amx()) levels.push_back(SimdLevel::amx);
+  if (levels.back() == SimdLevel::avx512 && __builtin_cpu_supports("avx512bf16"))
+    levels.push_back(SimdLevel::avx512_bf16);
+  if (levels.back() >= SimdLevel::avx512 && request_amx()) levels.push_back(SimdLevel::amx);
 #endif
   return levels;
 }

@@ -6,12 +6,13 @@
 
 namespace steerserve {
 
-enum class SimdLevel { scalar, avx2, avx512, amx };
+enum class SimdLevel { scalar, avx2, avx512, avx512_bf16, amx };
 
 // The level in use.
 SimdLevel simd_level();
 
-// Name of a level: "scalar", "avx2", "avx512" or "amx" (avx512 and bfloat16 matrix products).
+// Name of a level: "scalar", "avx2", "avx512", "avx512_bf16" (and products of pairs of bfloat16) or "amx" (and of
+// matrices of them).
 const char* simd_level_name(SimdLevel level);
 
 // The levels that this build and this CPU can run, least first.

@@ -5,7 +5,8 @@
 // std:: template) may be emitted there with AVX instructions and then be chosen by the linker for everyone.
 // Hence the anonymous namespace, and no standard library in kernel headers.
 //
-// Memory holds float or bfloat16; arithmetic is float: load widens. Bit i of greater(a, b) tells whether a[i] > b[i],
+// Memory holds float or bfloat16; arithmetic is float: load widens. Products (product_kernel.h) are of packed rows of
+// V::Packed and summed in vectors V::Sum. Bit i of greater(a, b) tells whether a[i] > b[i],
 // of unordered(a, b) whether either is NaN. load(p, count) reads the first `count` < width elements and sets the others
 // to zero; store(p, count) likewise writes only those. Neither touches memory beyond them. greatest(a, b) is b where
 // either is NaN. add_exponent(a, b) is a · 2ⁿ where b is n + 1.5 · 2²³, the float in which a rounded n lies as bits.
@@ -69,6 +70,8 @@ void with_types(DType x_type, DType w_type, Body body) {
 }
 
 struct VecScalar {
+  using Packed = float;
+  using Sum = VecScalar;
   static constexpr int64_t width = 1;
   float v;
   static VecScalar splat(float f) { return {f}; }
@@ -99,6 +102,8 @@ struct VecScalar {
 
 #if defined(__AVX2__)
 struct VecAvx2 {
+  using Packed = float;
+  using Sum = VecAvx2;
   static constexpr int64_t width = 8;
   __m256 v;
   static VecAvx2 splat(float f) { return {_mm256_set1_ps(f)}; }
@@ -147,6 +152,8 @@ struct VecAvx2 {
 
 #if defined(__AVX512F__)
 struct VecAvx512 {
+  using Packed = float;
+  using Sum = VecAvx512;
   static constexpr int64_t width = 16;
   __m512 v;
   static VecAvx512 splat(float f) { return {_mm512_set1_ps(f)}; }
@@ -175,6 +182,21 @@ struct VecAvx512 {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16))};
   }
   static __mmask16 mask(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+};
+#endif
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16, two of which multiply_add multiplies and adds to one of 16 sums; denormals count as zero.
+struct PairsAvx512 {
+  using Packed = BFloat16;
+  using Sum = VecAvx512;
+  static constexpr int64_t width = 32;
+  __m512i v;
+  static PairsAvx512 load(const BFloat16* p) { return {_mm512_loadu_si512(p)}; }
+  static PairsAvx512 load(const BFloat16* p, int64_t count) { return {_mm512_maskz_loadu_epi16((1u << count) - 1, p)}; }
+  friend VecAvx512 multiply_add(PairsAvx512 a, PairsAvx512 b, VecAvx512 c) {
+    return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+  }
 };
 #endif
 

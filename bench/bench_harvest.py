@@ -23,9 +23,10 @@ from workload import load, random_prompt
 
 from steerserve import Site
 from steerserve.lab import harvest as harvesting
-from steerserve.lab.activations import activations_of, pack_contexts
-from steerserve.lab.corpus import Corpus, Split, TextFile
+from steerserve.lab.activations import activations_of
+from steerserve.lab.corpus import Split, TextFile, TextStream
 from steerserve.lab.harvest import HarvestConfig, harvest
+from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Stream
 
@@ -69,7 +70,9 @@ def main() -> None:
     options = parser.parse_args()
     report, model = Report(), load()
     texts = (
-        list(Corpus([TextFile(options.texts)], Split.TRAIN)) if options.texts else random_texts(model, options.tokens)
+        list(TextStream([TextFile(options.texts)], Split.TRAIN))
+        if options.texts
+        else random_texts(model, options.tokens)
     )
     arms: dict[str, Callable[[int], float]] = {"forward": lambda _: forward_rate(model, texts, options.tokens)}
     for name, sites in SITES.items():

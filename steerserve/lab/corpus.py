@@ -79,7 +79,7 @@ _Sized = Iterator[tuple[Document, int]]
 """Documents, each with the bytes of a file that were read for it."""
 
 
-class Corpus:
+class TextStream:
     """The texts of one split, streamed: iterating again starts again, with the same texts in the same order.
 
     The order is shuffled, and depends on nothing but what the sources hold.
@@ -113,10 +113,10 @@ class Corpus:
 
 
 def read_documents(paths: Iterable[Path], split: Split) -> list[Document]:
-    """All documents of ``split``, in the order of ``Corpus``; fields are ``text`` and ``label``, else ``source``.
+    """All documents of ``split``, in the order of ``TextStream``; fields are ``text`` and ``label``, else ``source``.
 
     Raises:
-        AssetError: as ``Corpus``, but a split may be empty.
+        AssetError: as ``TextStream``, but a split may be empty.
     """
     sources = [TextFile(path) for path in paths]
     return [document for document, _ in _shuffled(_of_split(sources, split))]

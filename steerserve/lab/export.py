@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from steerserve.errors import AssetError, InvalidRequestError
-from steerserve.lab.manifest import Manifest, open_shard, written_whole
+from steerserve.lab.manifest import Manifest, open_shard
+from steerserve.sae.formats.whole import written_whole
 from steerserve.types import Site
 
 ROW_DTYPES = {"float32": torch.float32, "float16": torch.float16}

@@ -21,9 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
-from steerserve.lab.activations import activations_of, ordinary_rows, pack_contexts
-from steerserve.lab.manifest import DTYPES, Manifest, ShardRecord, written_whole
+from steerserve.lab.activations import activations_of, ordinary_rows
+from steerserve.lab.manifest import DTYPES, Manifest, ShardRecord
+from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel
+from steerserve.sae.formats.whole import written_whole
 from steerserve.types import Site
 
 TOKENS_PER_SHARD = 2**18

@@ -15,9 +15,6 @@ Files appear under their names only when they are complete: what a kill leaves b
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from steerserve.errors import AssetError
+from steerserve.sae.formats.whole import written_whole
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 """What rows can be stored in."""
@@ -78,7 +76,10 @@ class Manifest:
                 raise AssetError(f"{directory} holds no harvest (no manifest.json); run `steerserve lab harvest` first")
             content = json.loads(path.read_text())
             records = {name: ShardRecord(**record) for name, record in content.pop("records", {}).items()}
-            return cls(**content, records=records)
+            manifest = cls(**content, records=records)
+            if manifest.dtype not in DTYPES:
+                raise ValueError(f"dtype is {manifest.dtype!r}, expected one of {', '.join(DTYPES)}")
+            return manifest
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise AssetError(f"{path} is damaged: {error}") from error
 
@@ -120,28 +121,3 @@ def open_shard(directory: Path, name: str) -> Any:
 
 def _damaged(path: Path, why: object) -> AssetError:
     return AssetError(f"{path} is damaged ({why}); delete it and repeat the harvest, which makes it again")
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to; the file becomes ``path`` when the block ends and the disk has all of it.
-
-    If the block fails, nothing of it is left and an older ``path`` is untouched.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        _sync(partial)
-        partial.replace(path)
-        _sync(path.parent)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

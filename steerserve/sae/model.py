@@ -70,7 +70,7 @@ class SAE:
         W_dec: ``[d_sae, d_out]``; ``b_dec`` is ``[d_out]``.
         max_norm: largest |x| that the SAE is defined on.
         max_activation: ``[d_sae]`` largest activation seen in evaluation, or None if not recorded.
-        sha256: hash of the weight file; empty for an SAE that was not loaded from disk.
+        sha256: hash of all that decides what it computes: weight file, equations, sites; empty if not from disk.
         metadata: the format's own extras (model name, training settings, evaluation).
         k: number of features that a TopK SAE keeps; None for a thresholded one.
         W_skip: ``[d_out, d_in]``, or None.

@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from steerserve.errors import AssetError
+from steerserve.sae.formats.whole import written_whole
 from steerserve.steering.packs import ConceptPack, PackCard, PackTensors
 from steerserve.types import Op
 
@@ -34,13 +35,13 @@ def load_pack(directory: Path) -> ConceptPack:
     """Read and check a pack.
 
     Raises:
-        AssetError: a file is missing or damaged, or the two do not make a valid pack.
+        AssetError: a file is missing or damaged, the two are of different packs, or do not make a valid one.
     """
     try:
         tensor_bytes = (directory / TENSORS).read_bytes()
         card_bytes = (directory / CARD).read_bytes()
         card = PackCard.model_validate_json(card_bytes)
-        arrays = load_file(directory / TENSORS)
+        arrays = load(tensor_bytes)
     except OSError as error:
         raise AssetError(f"concept pack {directory}: cannot read {error.filename}: {error.strerror}") from error
     except SafetensorError as error:
@@ -51,20 +52,27 @@ def load_pack(directory: Path) -> ConceptPack:
         remedy = "; a pack of another format has to be built again" if where == "format" else ""
         raise AssetError(f"concept pack {directory}: {CARD}: {where}: {problem['msg']}{remedy}") from error
     tensors = _checked_tensors(arrays, card, directory)
+    found = hashlib.sha256(tensor_bytes).hexdigest()
+    if card.tensors_sha256 not in (None, found):
+        expected = f"{CARD} belongs to one with SHA-256 {card.tensors_sha256}"
+        raise AssetError(f"concept pack {directory}: {TENSORS} has SHA-256 {found}, but {expected}")
     return ConceptPack(card, tensors, hashlib.sha256(tensor_bytes + card_bytes).hexdigest())
 
 
 def save_pack(card: PackCard, tensors: PackTensors, directory: Path) -> ConceptPack:
-    """Write a pack and return it as loaded.
+    """Write a pack and return it as loaded; its card names its tensors, so that no reader takes parts of two for one.
 
     Raises:
         AssetError: the tensors do not make a valid pack.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in vars(tensors).items()}
     _checked_tensors(arrays, card, directory)
+    tensor_bytes = save(arrays)
+    card = card.model_copy(update={"tensors_sha256": hashlib.sha256(tensor_bytes).hexdigest()})
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, directory / TENSORS)
-    (directory / CARD).write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    with written_whole(directory / TENSORS) as tensors_file, written_whole(directory / CARD) as card_file:
+        tensors_file.write_bytes(tensor_bytes)
+        card_file.write_text(card.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return load_pack(directory)
 
 

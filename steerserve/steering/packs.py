@@ -95,6 +95,7 @@ class PackCard(_Card):
     Attributes:
         sites: in model order; the tensor ``site`` indexes it.
         saes: by site, where rows are features of an SAE.
+        tensors_sha256: hash of the ``pack.safetensors`` it belongs to; cards of earlier versions have none.
     """
 
     format: Literal["steerserve.pack/2"] = "steerserve.pack/2"
@@ -106,6 +107,7 @@ class PackCard(_Card):
     sites: Annotated[list[SiteName], Field(min_length=1)]
     policy: PolicyAction
     detector: DetectorCard
+    tensors_sha256: Sha256 | None = None
     data: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
 

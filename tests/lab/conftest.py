@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 
 from steerserve.lab.manifest import Manifest
 from steerserve.models.loading import LoadedModel, load_model
@@ -28,6 +31,15 @@ def _one_thread(one_thread: None) -> None:
 def tiny(tiny_model_dir: Callable[[str], Path]) -> LoadedModel:
     """A float32 llama of width 32 and 3 layers whose tokens are bytes; to be left unchanged."""
     return load_model(str(tiny_model_dir("llama")), torch.float32)
+
+
+@pytest.fixture(scope="session")
+def with_bos(tiny: LoadedModel) -> LoadedModel:
+    """The same with a tokenizer that begins every text with a BOS token, 257, as Gemma's does."""
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 257)])
+    return replace(tiny, tokenizer=tokenizer)
 
 
 @pytest.fixture

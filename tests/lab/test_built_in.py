@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from steerserve.demo import PROMPTS, read_prompts
-from steerserve.lab.activations import activations_of, ordinary_rows, pack_contexts
+from steerserve.lab.activations import activations_of, ordinary_rows
 from steerserve.lab.concept_eval.continuations import continue_prompts
 from steerserve.lab.concept_eval.judges import judge
 from steerserve.lab.concept_eval.outcome import Outcome
 from steerserve.lab.concept_eval.prompts import Prompt
 from steerserve.lab.concept_eval.treatments import Treatment
+from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.steering.catalog import Catalog
 

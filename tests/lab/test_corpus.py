@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from steerserve.errors import AssetError
 from steerserve.lab import corpus as corpus_module
-from steerserve.lab.corpus import Corpus, Document, HubDataset, Split, TextFile, read_documents
+from steerserve.lab.corpus import Document, HubDataset, Split, TextFile, TextStream, read_documents
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -142,7 +142,7 @@ TEXTS = [f"text {number}" for number in range(300)]
 
 def test_a_corpus_streams_what_read_documents_reads(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl.gz", TEXTS)
-    corpus = Corpus([TextFile(path)], Split.TRAIN)
+    corpus = TextStream([TextFile(path)], Split.TRAIN)
     expected = [doc.text for doc in read_documents([path], Split.TRAIN)]
     assert list(corpus) == expected
     assert list(corpus) == expected  # from the beginning again
@@ -151,21 +151,21 @@ def test_a_corpus_streams_what_read_documents_reads(tmp_path: Path) -> None:
 def test_blocks_keep_every_text_and_are_shuffled_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "SHUFFLED_CHARACTERS", 1000)
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    texts = list(Corpus([TextFile(path)], Split.TRAIN))
+    texts = list(TextStream([TextFile(path)], Split.TRAIN))
     in_order = [text for text in TEXTS if Split.of(text) is Split.TRAIN]
     assert sorted(texts) == sorted(in_order)
     assert texts != in_order
     assert set(texts[:100]) < set(in_order[:250])  # 1,000 characters are about 120 of these
     with path.open("a") as file:
         file.write("{")
-    read = iter(Corpus([TextFile(path)], Split.TRAIN))
+    read = iter(TextStream([TextFile(path)], Split.TRAIN))
     assert [next(read) for _ in range(100)] == texts[:100]  # before the end of the file is looked at
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_the_share_done_goes_from_0_to_1(tmp_path: Path, suffix: str) -> None:
     paths = [write_jsonl(tmp_path / f"{name}{suffix}", TEXTS) for name in "ab"]
-    corpus = Corpus([TextFile(path) for path in paths], Split.TRAIN)
+    corpus = TextStream([TextFile(path) for path in paths], Split.TRAIN)
     shares = [corpus.share_done or 0.0 for _ in corpus]
     assert shares == sorted(shares)
     assert shares[0] <= 0.5
@@ -175,15 +175,15 @@ def test_the_share_done_goes_from_0_to_1(tmp_path: Path, suffix: str) -> None:
 def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "hello"}\n')
-    assert list(Corpus([TextFile(path, "body")], Split.of("hello"))) == ["hello"]
+    assert list(TextStream([TextFile(path, "body")], Split.of("hello"))) == ["hello"]
     with pytest.raises(AssetError, match=r"a\.jsonl:1: expected a JSON object with a 'text' field"):
-        list(Corpus([TextFile(path)], Split.TRAIN))
+        list(TextStream([TextFile(path)], Split.TRAIN))
 
 
 def test_a_split_without_text_is_an_error_for_a_corpus(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["text 1"])  # of the train split
     with pytest.raises(AssetError, match=r"a\.jsonl: no text falls into the test split"):
-        list(Corpus([TextFile(path)], Split.TEST))
+        list(TextStream([TextFile(path)], Split.TEST))
 
 
 @pytest.fixture(params=["parquet", "saved split", "saved splits"])
@@ -202,8 +202,8 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def test_a_dataset_is_read_like_a_file(dataset: str, tmp_path: Path) -> None:
-    corpus = Corpus([HubDataset(dataset)], Split.TRAIN)
-    assert list(corpus) == list(Corpus([TextFile(write_jsonl(tmp_path / "a.jsonl", TEXTS))], Split.TRAIN))
+    corpus = TextStream([HubDataset(dataset)], Split.TRAIN)
+    assert list(corpus) == list(TextStream([TextFile(write_jsonl(tmp_path / "a.jsonl", TEXTS))], Split.TRAIN))
     assert corpus.share_done is None
 
 
@@ -214,12 +214,12 @@ def test_datasets_that_are_refused(dataset: str) -> None:
         (HubDataset(dataset, split="tset"), "split tset"),
     ):
         with pytest.raises(AssetError, match=message):
-            list(Corpus([source], Split.TRAIN))
+            list(TextStream([source], Split.TRAIN))
 
 
 def test_a_directory_without_a_dataset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AssetError, match=r"dataset .*, split train: "):
-        list(Corpus([HubDataset(str(tmp_path))], Split.TRAIN))
+        list(TextStream([HubDataset(str(tmp_path))], Split.TRAIN))
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from steerserve.errors import AssetError
-from steerserve.lab.activations import activations_of, pack_contexts
+from steerserve.lab.activations import activations_of
 from steerserve.lab.evaluation.features import FeatureStats, feature_stats, save_density
 from steerserve.lab.evaluation.fidelity import Fidelity, held_out_contexts, measure_fidelity
+from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.sae.model import SAE
 from steerserve.types import Site, Stream

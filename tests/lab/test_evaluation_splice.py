@@ -9,7 +9,7 @@ import torch
 
 from steerserve.errors import AssetError
 from steerserve.lab.evaluation import splice
-from steerserve.lab.evaluation.splice import is_kernels, reconstruct, substituted
+from steerserve.lab.evaluation.splice import kernel_computes, reconstruct, substituted
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE, Normalisation
@@ -72,7 +72,7 @@ def test_the_formula_computes_the_rest(random_sae: SAE, variant: str) -> None:
         "skip": replace(random_sae, W_skip=skip),
         "transcoder": replace(random_sae, site=IN, transcodes_to=OUT, apply_b_dec_to_input=False, W_skip=skip),
     }[variant]
-    assert not is_kernels(sae)
+    assert not kernel_computes(sae)
     x_hat, num_active = reconstruct(sae, rows())
     expected, active = float64(sae, rows())
     torch.testing.assert_close(x_hat.double(), expected, rtol=1e-4, atol=1e-4)

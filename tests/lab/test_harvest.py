@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
 from steerserve.lab import harvest as harvesting
-from steerserve.lab.activations import activations_of, pack_contexts
+from steerserve.lab.activations import activations_of
 from steerserve.lab.harvest import HarvestConfig, harvest
 from steerserve.lab.manifest import Manifest
+from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site, Stream
 
@@ -70,6 +71,14 @@ def test_a_reading_leaves_no_hook_behind(tiny: LoadedModel, contexts, sentences:
     before = tiny.model(tokens).logits
     activations_of(tiny, tokens, SITES)
     assert torch.equal(tiny.model(tokens).logits, before)  # a pass runs to its end again
+
+
+def test_no_row_of_a_bos_token_is_kept(with_bos: LoadedModel, tmp_path: Path, sentences: list[str]) -> None:
+    manifest = harvest(with_bos, sentences, tmp_path, CONFIG)
+    shard = load_file(tmp_path / manifest.shards[0])
+    assert (shard["input_ids"][:, 0] == 257).all()
+    assert (shard["position"] > 0).all()
+    assert manifest.num_rows == len(shard["input_ids"]) * 15
 
 
 def test_harvest_keeps_every_ordinary_row(tiny: LoadedModel, tmp_path: Path, contexts, sentences: list[str]) -> None:
@@ -393,3 +402,6 @@ def test_a_directory_without_a_usable_harvest_is_refused(tmp_path: Path) -> None
         (tmp_path / "manifest.json").write_text(content)
         with pytest.raises(AssetError, match=r"manifest\.json is damaged"):
             Manifest.load(tmp_path)
+    Manifest("tiny", "f" * 64, [str(SITE)], 32, 16, dtype="int4").save(tmp_path)
+    with pytest.raises(AssetError, match="dtype is 'int4', expected one of bfloat16, float16, float32"):
+        Manifest.load(tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steerserve.errors import AssetError, IncompatibleError
+from steerserve.sae.formats import saelens
 from steerserve.sae.formats.saelens import save_max_activation, save_sae
 from steerserve.sae.model import SAE, Normalisation
 from steerserve.sae.registry import load_sae
@@ -49,6 +49,7 @@ def directory(sae: SAE, tmp_path: Path) -> Path:
 def edit_config(directory: Path, **values: Any) -> None:
     path = directory / "cfg.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    (directory / "max_activation.safetensors").unlink(missing_ok=True)  # it knows the SAE by hash
 
 
 def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -56,6 +57,8 @@ def edit_tensors(directory: Path, edit: Callable[[dict[str, torch.Tensor]], obje
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
+    metadata = json.loads((directory / "cfg.json").read_text()).get("metadata", {})
+    edit_config(directory, metadata={name: value for name, value in metadata.items() if name != "weights_sha256"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -69,7 +72,7 @@ def test_what_is_saved_comes_back(sae: SAE, tmp_path: Path, dtype: torch.dtype) 
     assert torch.equal(loaded.max_activation, sae.max_activation)
     assert (loaded.name, loaded.site, loaded.max_norm, loaded.apply_b_dec_to_input) == ("toy", sae.site, 12.5, True)
     assert loaded.metadata.items() >= sae.metadata.items()
-    assert loaded.sha256 == hashlib.sha256((tmp_path / "toy" / "sae_weights.safetensors").read_bytes()).hexdigest()
+    assert "weights_sha256" not in loaded.metadata
 
 
 def test_a_second_round_trip_changes_no_byte(directory: Path, tmp_path: Path) -> None:
@@ -78,13 +81,67 @@ def test_a_second_round_trip_changes_no_byte(directory: Path, tmp_path: Path) ->
         assert (directory / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-def test_the_hash_follows_the_weights_alone(directory: Path) -> None:
-    before = load_sae(directory).sha256
-    save_max_activation(torch.ones(D_SAE), directory)
+def test_the_hash_follows_what_decides_what_an_sae_computes(directory: Path, tmp_path: Path) -> None:
+    """The weights, and with the same weights the equations and sites; not the name, notes or what was measured."""
+    before = load_sae(directory)
+    save_max_activation(torch.ones(D_SAE), before, directory)
+    assert load_sae(directory).sha256 == before.sha256
     edit_config(directory, note="new")
-    assert load_sae(directory).sha256 == before
+    assert load_sae(directory.rename(tmp_path / "renamed")).sha256 == before.sha256
+    directory = tmp_path / "renamed"
+    config = (directory / "cfg.json").read_text()
+    metadata = json.loads(config)["metadata"]
+    hashes = {before.sha256}
+    for change in (
+        {"metadata": metadata | {"hook_name": "blocks.3.hook_resid_post"}},
+        {"metadata": metadata | {"max_norm": 20.0}},
+        {"metadata": metadata | {"model_from_pretrained_kwargs": {"center_writing_weights": True}}},
+        {"apply_b_dec_to_input": False},
+        {"normalize_activations": "layer_norm"},
+    ):
+        (directory / "cfg.json").write_text(config)
+        edit_config(directory, **change)
+        hashes.add(load_sae(directory).sha256)
+    (directory / "cfg.json").write_text(config)
     edit_tensors(directory, lambda tensors: tensors["b_enc"].add_(1))
-    assert load_sae(directory).sha256 != before
+    hashes.add(load_sae(directory).sha256)
+    assert len(hashes) == 7
+
+
+def test_the_hash_follows_k_and_the_scale(sae: SAE, tmp_path: Path) -> None:
+    zero = torch.zeros(D_SAE)
+    save_sae(replace(sae, threshold=zero, k=3, max_activation=None), tmp_path / "topk")
+    three = load_sae(tmp_path / "topk").sha256
+    edit_config(tmp_path / "topk", k=4)
+    assert load_sae(tmp_path / "topk").sha256 != three
+    save_sae(replace(sae, max_activation=None), tmp_path / "scaled")
+    edit_config(tmp_path / "scaled", normalize_activations="expected_average_only_in")
+    assert len({load_sae(tmp_path / "scaled", norm_scaling_factor=scale).sha256 for scale in (1.0, 2.0)}) == 2
+
+
+@pytest.mark.parametrize("file", ["cfg.json", "sae_weights.safetensors"])
+def test_parts_of_two_saes_are_not_taken_for_one(directory: Path, sae: SAE, file: str) -> None:
+    """What a reader finds, or a kill leaves, while an SAE is replaced."""
+    old = (directory / file).read_bytes()
+    save_sae(replace(sae, b_enc=sae.b_enc + 1, site=Site(2, Stream.MLP_OUT), max_activation=None), directory)
+    assert load_sae(directory).max_activation is None, "the largest activations of the one before are gone"
+    (directory / file).write_bytes(old)
+    with pytest.raises(AssetError, match=r"cfg\.json is of weights with SHA-256 \w+; sae_weights\.safetensors has \w+"):
+        load_sae(directory)
+
+
+def test_an_sae_that_cannot_be_written_leaves_the_old_one(
+    directory: Path, sae: SAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(saelens, "save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_sae(replace(sae, b_enc=sae.b_enc + 1), directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
 def test_an_sae_without_extras(sae: SAE, tmp_path: Path) -> None:
@@ -180,9 +237,19 @@ def test_a_tensor_that_would_change_the_equations_is_refused(directory: Path, na
 
 
 def test_maximum_activations_of_another_sae_are_refused(directory: Path) -> None:
-    save_max_activation(torch.ones(D_SAE - 1), directory)
+    sae = load_sae(directory)
+    save_max_activation(torch.ones(D_SAE), replace(sae, sha256="f" * 64), directory)
+    with pytest.raises(AssetError, match=r"measured of an SAE with SHA-256 ffff.*delete"):
+        load_sae(directory)
+    save_max_activation(torch.ones(D_SAE - 1), sae, directory)
     with pytest.raises(AssetError, match="max_activation has shape"):
         load_sae(directory)
+
+
+def test_maximum_activations_that_name_no_sae_are_read(directory: Path) -> None:
+    """As those of earlier versions."""
+    save_file({"max_activation": torch.ones(D_SAE)}, directory / "max_activation.safetensors")
+    assert torch.equal(load_sae(directory).max_activation, torch.ones(D_SAE))
 
 
 def test_files_that_are_missing_or_damaged(directory: Path, tmp_path: Path) -> None:

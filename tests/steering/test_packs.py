@@ -20,7 +20,7 @@ from steerserve.steering.packs import PackTensors
 def test_a_pack_survives_the_disk(card, make_tensors, tmp_path) -> None:
     saved = save_pack(card, make_tensors(), tmp_path / "p")
     loaded = load_pack(tmp_path / "p")
-    assert loaded.card == card
+    assert loaded.card == saved.card == card.model_copy(update={"tensors_sha256": saved.card.tensors_sha256})
     assert (loaded.name, loaded.tag, loaded.sha256) == ("mood", "mood@2", saved.sha256)
     for tensor in fields(PackTensors):
         expected = getattr(make_tensors(), tensor.name)
@@ -101,6 +101,34 @@ def test_damaged_or_missing_files_are_refused(make_pack, tmp_path) -> None:
     file.unlink()
     with pytest.raises(AssetError, match=r"pack\.safetensors"):
         load_pack(tmp_path / "mood")
+
+
+def test_parts_of_two_packs_are_not_taken_for_one(card, make_tensors, tmp_path) -> None:
+    """What a reader finds, or a kill leaves, while a pack is replaced; a card that names no tensors is believed."""
+    for number, file in enumerate(("pack.safetensors", "card.json")):
+        directory = tmp_path / str(number)
+        save_pack(card, make_tensors(), directory)
+        old = (directory / file).read_bytes()
+        save_pack(card, make_tensors(value=np.array([3, 0], np.float32)), directory)
+        (directory / file).write_bytes(old)
+        with pytest.raises(AssetError, match=r"pack\.safetensors has SHA-256 \w+, but card\.json belongs to one with"):
+            load_pack(directory)
+        (directory / "card.json").write_text(card.model_dump_json())
+        assert load_pack(directory).card == card
+
+
+def test_a_pack_that_cannot_be_written_leaves_the_old_one(card, make_tensors, tmp_path, monkeypatch) -> None:
+    before = save_pack(card, make_tensors(), tmp_path / "p")
+
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.write_text", fail)
+        with pytest.raises(OSError, match="no space"):
+            save_pack(card, make_tensors(value=np.array([3, 0], np.float32)), tmp_path / "p")
+    assert load_pack(tmp_path / "p").sha256 == before.sha256
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["card.json", "pack.safetensors"]
 
 
 def test_invalid_tensors_are_not_written(card, make_tensors, tmp_path) -> None:

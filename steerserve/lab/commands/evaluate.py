@@ -18,7 +18,7 @@ from steerserve.lab.evaluation.fidelity import held_out_contexts, measure_fideli
 from steerserve.lab.evaluation.polysemanticity import measure_polysemanticity
 from steerserve.lab.evaluation.probing import probe_labels
 from steerserve.lab.evaluation.report import FIGURES, evaluation_page, interval, shown
-from steerserve.lab.evaluation.splice import is_kernels
+from steerserve.lab.evaluation.splice import kernel_computes
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.pull import resolve_model
 from steerserve.sae.formats.saelens import save_max_activation
@@ -73,7 +73,7 @@ def eval_command(
         except AssetError as reason:
             console.print(f"polysemanticity left out: {reason}", style="yellow")
     figures |= {"context_length": context_length, **_provenance(loaded, trained)}
-    save_max_activation(stats.max_activation, sae)
+    save_max_activation(stats.max_activation, trained, sae)
     save_density(stats, sae)
     written = record(sae, "evaluation", figures)  # what is in the file: page and file cannot disagree
     (sae / REPORT).write_text(evaluation_page(written))
@@ -91,7 +91,7 @@ def _provenance(model: LoadedModel, sae: SAE) -> dict[str, Any]:
             "out_site": str(sae.out_site),
             "d_sae": sae.d_sae,
             "k": sae.k,
-            "by_kernel": is_kernels(sae),
+            "by_kernel": kernel_computes(sae),
         },
     }
 

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from steerserve.errors import InvalidRequestError
 from steerserve.lab.commands.options import ModelOption, console
-from steerserve.lab.corpus import Corpus, HubDataset, Source, Split, TextFile
+from steerserve.lab.corpus import HubDataset, Source, Split, TextFile, TextStream
 from steerserve.lab.harvest import HarvestConfig, Report, harvest
 from steerserve.lab.manifest import DTYPES
 from steerserve.models.loading import load_model
@@ -59,7 +59,7 @@ def harvest_command(
         raise InvalidRequestError("--texts", None, "at least one --texts or --dataset")
     sites = tuple(Site.parse(name) for name in site)
     loaded = load_model(resolve_model(model), torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-    corpus = Corpus(sources, Split.TRAIN)
+    corpus = TextStream(sources, Split.TRAIN)
     config = HarvestConfig(sites, context_length, max_tokens=max_tokens, dtype=dtype)
     try:
         with _bar(corpus, max_tokens) as report:
@@ -77,7 +77,7 @@ class _TokensPerSecond(ProgressColumn):
 
 
 @contextmanager
-def _bar(corpus: Corpus, max_tokens: int) -> Iterator[Report]:
+def _bar(corpus: TextStream, max_tokens: int) -> Iterator[Report]:
     """A progress bar; without ``max_tokens`` its end follows from the tokens in the share of the files read so far."""
     count = TextColumn("{task.completed:,.0f} tokens")
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), count)

@@ -12,10 +12,11 @@ import typer
 from rich.console import Console
 
 from steerserve.errors import IncompatibleError, InvalidRequestError
-from steerserve.lab.manifest import Manifest, written_whole
+from steerserve.lab.manifest import Manifest
 from steerserve.lab.verification import EVALUATION
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.formats.files import read_json
+from steerserve.sae.formats.whole import written_whole
 from steerserve.sae.model import SAE
 from steerserve.sae.registry import load_sae
 from steerserve.steering.catalog import check_sae

@@ -171,7 +171,7 @@ def _description(format_name: str, root: Path, sae: SAE) -> list[tuple[str, str]
     return [
         ("SAE", sae.name),
         ("format", f"{format_name}: {root}"),
-        ("SHA-256 of the weights", sae.sha256),
+        ("SHA-256", sae.sha256),
         ("model", str(sae.metadata.get("model_name", "not said"))),
         ("activation", kind),
         ("shapes", f"{sae.d_in} → {sae.d_sae:,} features → {sae.d_out}; {parameters:,} parameters"),

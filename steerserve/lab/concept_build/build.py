@@ -6,7 +6,8 @@ operands go, which detector is kept and its threshold on *validation*; *test* is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -97,7 +98,8 @@ def build_from_features(
     starts = [Start(part, torch.zeros(len(part)), part.max_activation) for part in selection.edited]
     if config.directions and not amplify:
         starts[-1] = _with_directions(model, starts[-1], selection.gradients, train.negative, config.directions)
-    fitted = _fit(model, starts, op, amplify, pools, completions, config.fit)
+    with _fit_progress(config.fit.steps) as report:
+        fitted = fit_values(model, starts, op, amplify, pools, completions, config.fit, report)
     detector = _detector(model, [sae.site for sae in saes], selection.detector, materials, config, console)
     draft = PackDraft(
         concept.name,
@@ -184,22 +186,16 @@ def _freeze(model: LoadedModel) -> None:
         parameter.requires_grad_(False)
 
 
-def _fit(
-    model: LoadedModel,
-    starts: Sequence[Start],
-    op: Op,
-    amplify: bool,
-    pools: Pools,
-    completions: Completions,
-    config: FitConfig,
-) -> list[tuple[SiteRows, torch.Tensor]]:
+@contextmanager
+def _fit_progress(steps: int) -> Iterator[Callable[[int, float, float], None]]:
+    """What shows the progress of ``fit_values`` inside the block."""
     with Progress() as progress:
-        task = progress.add_task("fit", total=config.steps)
+        task = progress.add_task("fit", total=steps)
 
         def report(step: int, share: float, kl: float) -> None:
             progress.update(task, completed=step, description=f"fit  words ×{share:.3f}  KL {kl:.4f}")
 
-        return fit_values(model, starts, op, amplify, pools, completions, config, report)
+        yield report
 
 
 def _detector(

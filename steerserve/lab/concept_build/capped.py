@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 
 from steerserve.lab.activations import activations_of
-from steerserve.lab.concept_build.completions import tokenize
 from steerserve.lab.concept_build.fitting import Start
 from steerserve.lab.concept_build.site_rows import MIN_ACTIVATION, SiteRows
+from steerserve.lab.concept_eval.texts import FITTED_TOKENS
+from steerserve.lab.tokens import tokenize
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
 
@@ -51,7 +52,7 @@ def _projections(model: LoadedModel, rows: SiteRows, texts: Sequence[str], max_n
     """``[N, k]`` at every position of ``texts`` inside the domain."""
     parts = []
     for start in range(0, len(texts), BATCH_SIZE):
-        batch = tokenize(model, texts[start : start + BATCH_SIZE])
-        x = activations_of(model, batch.tokens, (rows.site,))[rows.site][batch.real]
+        batch = tokenize(model, texts[start : start + BATCH_SIZE], FITTED_TOKENS)
+        x = activations_of(model, batch.tokens, (rows.site,))[rows.site][batch.text]
         parts.append(rows.activations(x[x.float().norm(dim=1) <= max_norm]))
     return torch.cat(parts)

@@ -17,25 +17,8 @@ import torch.nn.functional as F
 from steerserve.lab.lexicon import Lexicon
 from steerserve.models.loading import LoadedModel
 
-MAX_TOKENS = 48
 MIN_COUNT = 3
 MIN_SHARE = 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class TextBatch:
-    """Right-padded texts: ``tokens[B, T]`` and ``real[B, T]``, which positions are not padding."""
-
-    tokens: torch.Tensor
-    real: torch.Tensor
-
-
-def tokenize(model: LoadedModel, texts: Sequence[str], max_tokens: int = MAX_TOKENS) -> TextBatch:
-    """Right-padded tokens of ``texts``, cut at ``max_tokens``."""
-    encoded = model.tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens).input_ids
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, True, float(model.tokenizer.eos_token_id or 0))
-    return TextBatch(tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row in rows]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +71,10 @@ class Completions:
         """Mask like ``tokens``: places whose token begins a word that may become a listed one."""
         return torch.isin(tokens, torch.tensor(sorted(self.after)))
 
-    def completed_next(self, batch: TextBatch) -> torch.Tensor:
-        """``[B, T]`` positions whose next token completes a listed word."""
-        current, following = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    def completed_next(self, tokens: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """``[B, T]`` positions whose next token completes a listed word, of right-padded ``tokens`` ``[B, T]``."""
+        current, following = tokens[:, :-1], tokens[:, 1:]
         pairs = torch.tensor([(a, b) for a, tokens in self.after.items() for b in tokens], dtype=torch.long).view(-1, 2)
         codes = pairs[:, 0] * len(self.alone) + pairs[:, 1]
         hit = self.alone[following] | torch.isin(current * len(self.alone) + following, codes)
-        return F.pad(hit & batch.real[:, 1:], (0, 1))
+        return F.pad(hit & real[:, 1:], (0, 1))

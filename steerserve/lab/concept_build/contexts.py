@@ -13,11 +13,13 @@ from dataclasses import dataclass
 import torch
 from rich.progress import track
 
-from steerserve.lab.concept_build.completions import Completions, TextBatch, tokenize
+from steerserve.lab.concept_build.completions import Completions
 from steerserve.lab.concept_eval.continuations import continue_prompts
 from steerserve.lab.concept_eval.prompts import Prompt
 from steerserve.lab.concept_eval.teacher_forced import EarlierLayers, earlier_layers, logits_of, resumed
+from steerserve.lab.concept_eval.texts import FITTED_TOKENS
 from steerserve.lab.concept_eval.treatments import Treatment
+from steerserve.lab.tokens import padded, tokenize
 from steerserve.models.loading import LoadedModel
 
 BATCH_SIZE = 16
@@ -41,30 +43,29 @@ class Contexts:
 
     @classmethod
     def of_texts(cls, model: LoadedModel, texts: Sequence[str], layer: int) -> Contexts:
-        """Every position of ``texts`` counts."""
-        batch = tokenize(model, texts)
-        return cls._read(model, batch, batch.real, layer)
+        """Every position of ``texts`` counts, but for a BOS token."""
+        batch = tokenize(model, texts, FITTED_TOKENS)
+        return cls._read(model, batch.tokens, batch.real, batch.text, layer)
 
     @classmethod
     def on_policy(cls, model: LoadedModel, prompts: Sequence[Prompt], seed: int, layer: int) -> Contexts:
         """One continuation of each prompt, by the engine that serves; only what the model wrote counts."""
         continuations = continue_prompts(model, Treatment.none(model), prompts, [seed], "on-policy texts")
         heads = [len(prompts[c.prompt].token_ids) for c in continuations]
-        rows = [torch.tensor([*prompts[c.prompt].token_ids, *c.token_ids]) for c in continuations]
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, True, float(model.tokenizer.eos_token_id or 0))
-        position = torch.arange(tokens.shape[1])
-        real = position < torch.tensor([[len(row)] for row in rows])
+        tokens, real = padded([(*prompts[c.prompt].token_ids, *c.token_ids) for c in continuations])
         # The last token's next one is as much the model's as those before.
-        scored = real & (position >= torch.tensor([[head - 1] for head in heads]))
-        return cls._read(model, TextBatch(tokens, real), scored, layer)
+        scored = real & (torch.arange(tokens.shape[1]) >= torch.tensor([[head - 1] for head in heads]))
+        return cls._read(model, tokens, real, scored, layer)
 
     @classmethod
-    def _read(cls, model: LoadedModel, batch: TextBatch, scored: torch.Tensor, layer: int) -> Contexts:
+    def _read(
+        cls, model: LoadedModel, tokens: torch.Tensor, real: torch.Tensor, scored: torch.Tensor, layer: int
+    ) -> Contexts:
         parts = [
-            earlier_layers(model, layer, batch.tokens[start : start + BATCH_SIZE])[0].x.clone()
-            for start in track(range(0, len(batch.tokens), BATCH_SIZE), "layers before the edits")
+            earlier_layers(model, layer, tokens[start : start + BATCH_SIZE])[0].x.clone()
+            for start in track(range(0, len(tokens), BATCH_SIZE), "layers before the edits")
         ]
-        return cls(batch.tokens, batch.real, scored, layer, torch.cat(parts))
+        return cls(tokens, real, scored, layer, torch.cat(parts))
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -89,8 +90,7 @@ class Contexts:
 
     def places(self, completions: Completions) -> torch.Tensor:
         """``[n, T]`` scored positions where a word of the concept may be completed or is."""
-        batch = TextBatch(self.tokens, self.real)
-        return self.scored & (completions.opens(self.tokens) | completions.completed_next(batch))
+        return self.scored & (completions.opens(self.tokens) | completions.completed_next(self.tokens, self.real))
 
 
 def seed_of(texts: Sequence[str]) -> int:

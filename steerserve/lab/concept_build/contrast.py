@@ -20,7 +20,8 @@ from rich.progress import track
 
 from steerserve.errors import AssetError
 from steerserve.lab.activations import activations_of, ordinary_rows
-from steerserve.lab.concept_build.completions import tokenize
+from steerserve.lab.concept_eval.texts import FITTED_TOKENS
+from steerserve.lab.tokens import tokenize
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 
@@ -118,11 +119,11 @@ def _largest_activations(model: LoadedModel, saes: Sequence[SAE], texts: Sequenc
     """For each SAE ``[n, d_sae]`` half precision: each feature's largest activation in each text."""
     parts: list[list[torch.Tensor]] = [[] for _ in saes]
     for start in track(range(0, len(texts), BATCH_SIZE), "contrast"):
-        batch = tokenize(model, texts[start : start + BATCH_SIZE])
+        batch = tokenize(model, texts[start : start + BATCH_SIZE], FITTED_TOKENS)
         at_sites = activations_of(model, batch.tokens, tuple({sae.site for sae in saes}))
         for sae, part in zip(saes, parts, strict=True):
             x = at_sites[sae.site].float()
-            f = sae.encode(x) * (ordinary_rows(x) & batch.real)[..., None]
+            f = sae.encode(x) * ordinary_rows(x, batch.real)[..., None]
             part.append(f.amax(1).half())
     return [torch.cat(part) for part in parts]
 

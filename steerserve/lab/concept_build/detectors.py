@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from rich.progress import track
 
 from steerserve.lab.activations import MASSIVE_NORM_RATIO, activations_of, ordinary_rows
-from steerserve.lab.concept_build.completions import tokenize
 from steerserve.lab.concept_build.contrast import auroc
 from steerserve.lab.concept_build.site_rows import MIN_ACTIVATION, SiteRows
-from steerserve.lab.concept_eval.detection import MAX_TOKENS
+from steerserve.lab.concept_eval.texts import FITTED_TOKENS, READ_TOKENS
+from steerserve.lab.tokens import tokenize
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
 
@@ -98,9 +98,9 @@ def text_scores(model: LoadedModel, rows: SiteRows, weight: torch.Tensor, texts:
     """Largest score over the positions of each text, ``[n]``, cut where the evaluation cuts it."""
     scores: list[torch.Tensor] = []
     for start in range(0, len(texts), BATCH_SIZE):
-        batch = tokenize(model, texts[start : start + BATCH_SIZE], MAX_TOKENS)
+        batch = tokenize(model, texts[start : start + BATCH_SIZE], READ_TOKENS)
         x = activations_of(model, batch.tokens, (rows.site,))[rows.site]
-        scores.append((rows.activations(x) @ weight).masked_fill(~batch.real, -torch.inf).amax(1))
+        scores.append((rows.activations(x) @ weight).masked_fill(~batch.text, -torch.inf).amax(1))
     return torch.cat(scores).numpy()
 
 
@@ -122,11 +122,11 @@ class _TokenRows:
         parts: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
         index: list[torch.Tensor] = []
         for start in track(range(0, len(texts.all), BATCH_SIZE), "detector"):
-            batch = tokenize(model, texts.all[start : start + BATCH_SIZE])
+            batch = tokenize(model, texts.all[start : start + BATCH_SIZE], FITTED_TOKENS)
             x = activations_of(model, batch.tokens, tuple(sites))
-            keep = batch.real.clone()
+            keep = batch.text.clone()
             for site in sites:
-                keep &= ordinary_rows(x[site])
+                keep &= ordinary_rows(x[site], batch.real)
             index.append(start + keep.nonzero()[:, 0])
             for site in sites:
                 parts[site].append(x[site][keep].float())

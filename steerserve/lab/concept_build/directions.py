@@ -6,17 +6,17 @@ last position, where the answer begins (Arditi et al. 2024, "Refusal is mediated
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from steerserve.errors import AssetError
 from steerserve.lab.activations import MASSIVE_NORM_RATIO, activations_of, ordinary_rows
-from steerserve.lab.concept_build.completions import TextBatch, tokenize
 from steerserve.lab.concept_build.site_rows import MIN_ACTIVATION, SiteRows
 from steerserve.lab.concept_eval.prompts import candidates
-from steerserve.lab.concept_eval.texts import Corpus
+from steerserve.lab.concept_eval.texts import FITTED_TOKENS, Corpus
+from steerserve.lab.tokens import padded, tokenize
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
 
@@ -63,33 +63,31 @@ def _activations(model: LoadedModel, site: Site, texts: Sequence[str], chat: boo
     With it |x| ``[m]`` at all ordinary positions.
     """
     parts, norms = [], []
-    batches = _turns(model, texts) if chat else [tokenize(model, part) for part in _split(texts)]
-    for batch in batches:
-        x = activations_of(model, batch.tokens, (site,))[site].float()
-        ordinary = ordinary_rows(x) & batch.real
+    for tokens, real in _turns(model, texts) if chat else _plain(model, texts):
+        x = activations_of(model, tokens, (site,))[site].float()
+        ordinary = ordinary_rows(x, real)
         norms.append(x[ordinary].norm(dim=1))
-        keep = _last(batch.real) if chat else ordinary
+        keep = _last(real) if chat else ordinary
         count = keep.sum(1)
         means = (x * keep[..., None]).sum(1) / count.clamp(min=1)[:, None]
         parts.append(means[count > 0])
     return torch.cat(parts), torch.cat(norms)
 
 
-def _split(texts: Sequence[str]) -> list[Sequence[str]]:
-    return [texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
+def _plain(model: LoadedModel, texts: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the texts, and which positions are not padding."""
+    for start in range(0, len(texts), BATCH_SIZE):
+        batch = tokenize(model, texts[start : start + BATCH_SIZE], FITTED_TOKENS)
+        yield batch.tokens, batch.real
 
 
-def _turns(model: LoadedModel, texts: Sequence[str]) -> list[TextBatch]:
-    """The texts as prompts of the chat template; those too long for a trial are left out."""
-    rows = [torch.tensor(prompt.token_ids) for prompt in candidates(model, texts, chat=True)]
+def _turns(model: LoadedModel, texts: Sequence[str]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same of prompts of the chat template; texts too long for a trial are left out."""
+    rows = [prompt.token_ids for prompt in candidates(model, texts, chat=True)]
     if not rows:
         raise AssetError("no text is short enough for a user's turn")
-    batches = []
     for start in range(0, len(rows), BATCH_SIZE):
-        part = rows[start : start + BATCH_SIZE]
-        tokens = torch.nn.utils.rnn.pad_sequence(part, True, float(model.tokenizer.eos_token_id or 0))
-        batches.append(TextBatch(tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row in part])))
-    return batches
+        yield padded(rows[start : start + BATCH_SIZE])
 
 
 def _last(real: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from steerserve.lab.concept_build.detectors import Detector
-from steerserve.lab.concept_build.site_rows import MIN_ACTIVATION, SiteRows
+from steerserve.lab.concept_build.site_rows import SiteRows
+from steerserve.lab.concept_eval.caps import capped
 from steerserve.lab.concept_eval.trial import Direction
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.packs import ConceptPack, DetectorCard, ModelRef, PackCard, PackTensors, PolicyAction, SAERef
@@ -74,7 +75,9 @@ class PackDraft:
                 operand = value - strength * step if self.direction is Direction.SUPPRESS else strength * value
                 for i in range(len(part)):
                     row = _row(part, i, index) | {"edited": np.True_, "value": operand[i].numpy()}
-                    rows.append(_capped(row) if self.op is Op.CLIP and part.feature_ids[i] < 0 else row)
+                    if self.op is Op.CLIP and part.feature_ids[i] < 0:
+                        row |= capped(row["b_enc"], row["value"], row["max_activation"])
+                    rows.append(row)
         if detector is not None:
             edited = {int(row["feature_ids"]): row for row in rows if row["feature_ids"] >= 0}
             for i, feature in enumerate(detector.feature_ids):
@@ -86,16 +89,6 @@ class PackDraft:
 
 _Row = dict[str, Any]
 """One row of every tensor of a pack."""
-
-
-def _capped(row: _Row) -> _Row:
-    """A direction capped at its value, as one that is active above it and is cut to 0.
-
-    Outside its domain f is 0, which the kernel's clip would push down to a cap below 0.
-    """
-    cap, zero = row["value"], np.float32(0)
-    largest = max(row["max_activation"] - cap, np.float32(MIN_ACTIVATION))
-    return row | {"b_enc": row["b_enc"] - cap, "threshold": zero, "value": zero, "max_activation": largest}
 
 
 def _row(part: SiteRows, i: int, site: int) -> _Row:

@@ -58,7 +58,7 @@ def attribute(
     for batch in track(list(contexts.batches()), "attribution"):
         at_sites = _gradients_at(model, [sae.site for sae in saes], batch, completions)
         for sae, part, (x, gradient) in zip(saes, parts, at_sites, strict=True):
-            keep = ordinary_rows(x) & batch.real
+            keep = ordinary_rows(x, batch.real)
             f = sae.encode(x[keep])
             effects = torch.zeros(len(x), sae.d_sae)
             effects.index_add_(0, keep.nonzero()[:, 0], f * (gradient[keep] @ sae.W_dec.T))

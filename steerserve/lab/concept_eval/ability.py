@@ -18,6 +18,7 @@ from steerserve.lab.concept_eval.benign import Reading
 from steerserve.lab.concept_eval.outcome import Sums
 from steerserve.lab.concept_eval.teacher_forced import earlier_layers, last_hidden, logits_of
 from steerserve.lab.concept_eval.treatments import Treatment
+from steerserve.lab.tokens import padded
 from steerserve.models.loading import LoadedModel
 
 MARGIN = 0.01
@@ -89,7 +90,7 @@ class IOI:
         self._batches = []
         for start in range(0, len(asked), BATCH_SIZE):
             rows, names = zip(*asked[start : start + BATCH_SIZE], strict=True)
-            tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+            tokens, _ = padded(rows)
             last = torch.tensor([len(row) - 1 for row in rows])
             self._batches.append((tokens, last, torch.tensor(names), *earlier_layers(model, layer, tokens)))
 

@@ -13,11 +13,11 @@ import torch
 from rich.progress import track
 
 from steerserve.errors import AssetError
-from steerserve.lab.activations import pack_contexts
 from steerserve.lab.bootstrap import Draws, Resamples
 from steerserve.lab.concept_eval.outcome import Sums
 from steerserve.lab.concept_eval.teacher_forced import EarlierLayers, earlier_layers, last_hidden, logits_of
 from steerserve.lab.concept_eval.treatments import Treatment
+from steerserve.lab.tokens import pack_contexts, padded
 from steerserve.models.loading import LoadedModel
 
 CONTEXT_LENGTH = 128
@@ -61,7 +61,7 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class TextBatch:
+class BenignBatch:
     """``tokens[B, T]``, ``predicted[B, T - 1]`` where the next token is text and not padding, and the plain model."""
 
     tokens: torch.Tensor
@@ -123,14 +123,13 @@ class BenignText:
         parts = [self._read(treatment, batch) for batch in batches]
         return Reading(*(torch.cat(columns).double().numpy() for columns in zip(*parts, strict=True)))
 
-    def _batch(self, rows: Sequence[torch.Tensor], layer: int) -> TextBatch:
-        tokens = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
-        lengths = torch.tensor([[len(row)] for row in rows])
+    def _batch(self, rows: Sequence[torch.Tensor], layer: int) -> BenignBatch:
+        tokens, real = padded(rows)
         earlier, hidden = earlier_layers(self._model, layer, tokens)
-        return TextBatch(tokens, torch.arange(1, tokens.shape[1]) < lengths, earlier, hidden)
+        return BenignBatch(tokens, real[:, 1:], earlier, hidden)
 
     @torch.inference_mode()
-    def _read(self, treatment: Treatment, batch: TextBatch) -> tuple[torch.Tensor, ...]:
+    def _read(self, treatment: Treatment, batch: BenignBatch) -> tuple[torch.Tensor, ...]:
         hidden, trace = last_hidden(self._model, treatment, batch.tokens, batch.earlier)
         where, target = batch.predicted, batch.tokens[:, 1:][batch.predicted]
         plain = logits_of(self._model, Treatment.none(self._model), batch.hidden[:, :-1][where])

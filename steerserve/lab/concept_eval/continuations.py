@@ -18,11 +18,14 @@ from steerserve.config import EngineConfig
 from steerserve.engine.engine import Engine
 from steerserve.lab.concept_eval.prompts import MAX_PROMPT_TOKENS, Prompt, digest
 from steerserve.lab.concept_eval.treatments import Treatment
+from steerserve.lab.tokens import bos_of, padded
 from steerserve.models.loading import LoadedModel
 from steerserve.types import FinishReason, SamplingParams
 
-MAX_TOKENS = 40
+CONTINUATION_TOKENS = 40
+"""At most; a continuation may end by itself."""
 MAX_PREFIX_TOKENS = 88
+"""Of an instruction."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Continuation:
     """One sampled response to ``prompts[prompt]``.
 
     Attributes:
-        ended: by itself, before ``MAX_TOKENS``.
+        ended: by itself, before ``CONTINUATION_TOKENS``.
         nll: summed over its tokens, given the prompt, under the untreated model.
     """
 
@@ -69,7 +72,14 @@ class Arms:
         """Every prompt continued with every seed, ordered by prompt and seed; read back if that was done before."""
         if self.directory is None:
             return continue_prompts(model, treatment, prompts, seeds, title)
-        terms = (model.fingerprint, str(model.model.dtype), treatment.key, digest(prompts), list(seeds), MAX_TOKENS)
+        terms = (
+            model.fingerprint,
+            str(model.model.dtype),
+            treatment.key,
+            digest(prompts),
+            list(seeds),
+            CONTINUATION_TOKENS,
+        )
         path = self.directory / f"{_key(terms)}.json"
         if path.exists():
             rows = json.loads(path.read_text(encoding="utf-8"))
@@ -94,15 +104,27 @@ def continue_prompts(
 ) -> list[Continuation]:
     """Sample every prompt with every seed at temperature 1, 40 tokens, through the engine; edits alone."""
     total = len(prompts) * len(seeds)
-    longest = MAX_PROMPT_TOKENS + MAX_PREFIX_TOKENS + MAX_TOKENS
+    longest = MAX_PROMPT_TOKENS + MAX_PREFIX_TOKENS + CONTINUATION_TOKENS
     config = EngineConfig(max_num_seqs=64, max_model_len=longest, max_waiting=total)
     with closing(Engine(model, treatment.catalog, config)) as engine:
         for index, prompt in enumerate(prompts):
+            token_ids = _instructed(model, treatment, prompt)
             for seed in seeds:
-                params = SamplingParams(max_tokens=MAX_TOKENS, temperature=1.0, seed=seed)
-                engine.add_request(treatment.request(f"{index}/{seed}", prompt.token_ids, params))
+                params = SamplingParams(max_tokens=CONTINUATION_TOKENS, temperature=1.0, seed=seed)
+                engine.add_request(treatment.request(f"{index}/{seed}", token_ids, params))
         drawn = sorted(_finished(engine, title, total), key=lambda c: (c.prompt, list(seeds).index(c.seed)))
     return _with_nll(model, prompts, drawn)
+
+
+def _instructed(model: LoadedModel, treatment: Treatment, prompt: Prompt) -> tuple[int, ...]:
+    """The prompt's tokens, with the treatment's instruction."""
+    if treatment.opening is None:
+        num_replaced = len(bos_of(model)) if treatment.prefix else 0
+        return (*treatment.prefix, *prompt.token_ids[num_replaced:])
+    plain, instructed = treatment.opening
+    assert prompt.text.startswith(plain), "a prompt that is not in the chat template"
+    text = instructed + prompt.text.removeprefix(plain)
+    return tuple(model.tokenizer(text, add_special_tokens=False).input_ids)
 
 
 def _finished(engine: Engine, title: str, total: int) -> list[Continuation]:
@@ -147,13 +169,12 @@ def _nll(model: LoadedModel, head: Sequence[int], tails: Sequence[Sequence[int]]
     if longest == 0:
         return [0.0] * len(tails)
     first = model.model(torch.tensor([head]), use_cache=True, logits_to_keep=1)
-    rows = torch.nn.utils.rnn.pad_sequence([torch.tensor(tail, dtype=torch.long) for tail in tails], True, 0.0)
+    rows, real = padded(tails)
     logits = first.logits.expand(len(tails), -1, -1)
     if longest > 1:
         cache = first.past_key_values
         cache.batch_repeat_interleave(len(tails))
         logits = torch.cat([logits, model.model(rows[:, :-1], past_key_values=cache).logits], dim=1)
     nll = F.cross_entropy(logits.float().transpose(1, 2), rows, reduction="none")
-    real = torch.arange(longest) < torch.tensor([[len(tail)] for tail in tails])
     sums: list[float] = (nll * real).sum(1).tolist()
     return sums

@@ -11,13 +11,14 @@ import torch
 from rich.progress import track
 
 from steerserve.lab.activations import activations_of, ordinary_rows
-from steerserve.lab.concept_eval.texts import Corpus
+from steerserve.lab.concept_eval.texts import FITTED_TOKENS, Corpus
+from steerserve.lab.tokens import tokenize
 from steerserve.models.loading import LoadedModel
 from steerserve.types import FloatArray, Site
 
-MAX_TOKENS = 48
 BATCH_SIZE = 16
 MAX_PROBE_ROWS = 6000
+"""Of either kind, spread over all texts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +38,18 @@ class Contrast:
         """``[d]`` unit weights of a logistic regression on raw activations, each labelled as its text is."""
         from sklearn.linear_model import LogisticRegression
 
-        rows = torch.cat([self.positive[:MAX_PROBE_ROWS], self.negative[:MAX_PROBE_ROWS]]).numpy()
-        labels = np.arange(len(rows)) < min(len(self.positive), MAX_PROBE_ROWS)
+        positive, negative = _spread(self.positive), _spread(self.negative)
+        rows = torch.cat([positive, negative]).numpy()
+        labels = np.arange(len(rows)) < len(positive)
         scale = rows.std(0) + 1e-6
         weights = LogisticRegression(C=0.01, max_iter=300).fit(rows / scale, labels).coef_[0] / scale
         unit: FloatArray = (weights / np.linalg.norm(weights)).astype(np.float32)
         return unit
+
+
+def _spread(rows: torch.Tensor) -> torch.Tensor:
+    """At most ``MAX_PROBE_ROWS`` of ``rows``, at even distances."""
+    return rows[torch.linspace(0, len(rows) - 1, min(len(rows), MAX_PROBE_ROWS)).long()]
 
 
 def contrasts(model: LoadedModel, sites: Sequence[Site], corpus: Corpus, num_texts: int) -> dict[Site, Contrast]:
@@ -52,20 +59,12 @@ def contrasts(model: LoadedModel, sites: Sequence[Site], corpus: Corpus, num_tex
     return {site: Contrast(site, positive[site], negative[site]) for site in sites}
 
 
-def padded(model: LoadedModel, texts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``tokens[B, T]``, padded on the right, and ``real[B, T]``, which of them are text."""
-    encoded = [model.tokenizer(text, add_special_tokens=False).input_ids[:max_tokens] for text in texts]
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in encoded]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return tokens, torch.arange(tokens.shape[1]) < torch.tensor([[len(row)] for row in rows])
-
-
 def _rows(model: LoadedModel, sites: Sequence[Site], texts: Sequence[str]) -> dict[Site, torch.Tensor]:
     kept: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
     for start in track(range(0, len(texts), BATCH_SIZE), "activations"):
-        tokens, real = padded(model, texts[start : start + BATCH_SIZE], MAX_TOKENS)
-        for site, x in activations_of(model, tokens, tuple(sites)).items():
-            kept[site].append(x[ordinary_rows(x) & real].float())
+        batch = tokenize(model, texts[start : start + BATCH_SIZE], FITTED_TOKENS)
+        for site, x in activations_of(model, batch.tokens, tuple(sites)).items():
+            kept[site].append(x[ordinary_rows(x, batch.real)].float())
     return {site: torch.cat(rows) for site, rows in kept.items()}
 
 

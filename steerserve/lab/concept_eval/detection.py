@@ -10,16 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steerserve.lab.concept_eval.contrast import padded
 from steerserve.lab.concept_eval.teacher_forced import scores_of
-from steerserve.lab.concept_eval.texts import Corpus
+from steerserve.lab.concept_eval.texts import READ_TOKENS, Corpus
 from steerserve.lab.concept_eval.treatments import Treatment, scaled
+from steerserve.lab.tokens import tokenize
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.packs import ConceptPack
 from steerserve.types import ConceptTarget, DirectionTarget, FloatArray, Guard, GuardAction, Site, SteeringSpec, Target
 
-MAX_TOKENS = 96
 BATCH_SIZE = 16
 FALSE_POSITIVE_RATE = 0.01
 MAX_COMPARED = 200
@@ -27,10 +26,10 @@ MAX_COMPARED = 200
 Scores = npt.NDArray[np.float32]
 
 
-def text_scores(
+def guard_scores(
     model: LoadedModel, targets: Sequence[tuple[Target, ConceptPack | None]], texts: Sequence[str]
 ) -> Scores:
-    """``[targets, texts]`` the largest score of each target over a text's first ``MAX_TOKENS`` tokens.
+    """``[targets, texts]`` the largest score of each target over a text's first ``READ_TOKENS`` tokens.
 
     Scores are those that guards of the targets would read; a concept comes with its pack.
     """
@@ -39,9 +38,9 @@ def text_scores(
     treatment = Treatment(Catalog(model, {}, packs), SteeringSpec(guards=guards))
     parts = []
     for start in range(0, len(texts), BATCH_SIZE):
-        tokens, real = padded(model, texts[start : start + BATCH_SIZE], MAX_TOKENS)
-        scores = scores_of(model, treatment, tokens)
-        parts.append(scores.masked_fill(~real[..., None], -torch.inf).amax(1).T)
+        batch = tokenize(model, texts[start : start + BATCH_SIZE], READ_TOKENS)
+        scores = scores_of(model, treatment, batch.tokens)
+        parts.append(scores.masked_fill(~batch.text[..., None], -torch.inf).amax(1).T)
     joined: Scores = torch.cat(parts, dim=1).numpy()
     return joined
 
@@ -54,8 +53,8 @@ def detection(model: LoadedModel, pack: ConceptPack, probe: tuple[Site, FloatArr
     if features is not None:
         detectors["features"] = (ConceptTarget(features.name), features)
     detectors["probe"] = (DirectionTarget(site, weights), None)
-    positive = text_scores(model, list(detectors.values()), corpus.positive)
-    negative = text_scores(model, list(detectors.values()), corpus.negative)
+    positive = guard_scores(model, list(detectors.values()), corpus.positive)
+    negative = guard_scores(model, list(detectors.values()), corpus.negative)
     threshold = pack.card.detector.threshold
     return {
         "positive_texts": len(corpus.positive),
@@ -72,8 +71,8 @@ def detection(model: LoadedModel, pack: ConceptPack, probe: tuple[Site, FloatArr
 def probe_auroc(model: LoadedModel, site: Site, weights: FloatArray, corpus: Corpus) -> float:
     """Of a linear probe, on at most ``MAX_COMPARED`` texts of each kind."""
     targets: list[tuple[Target, ConceptPack | None]] = [(DirectionTarget(site, weights), None)]
-    positive = text_scores(model, targets, corpus.positive[:MAX_COMPARED])[0]
-    negative = text_scores(model, targets, corpus.negative[:MAX_COMPARED])[0]
+    positive = guard_scores(model, targets, corpus.positive[:MAX_COMPARED])[0]
+    negative = guard_scores(model, targets, corpus.negative[:MAX_COMPARED])[0]
     return _figures(positive, negative)["auroc"]
 
 

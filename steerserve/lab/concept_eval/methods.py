@@ -12,21 +12,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
+from jinja2.exceptions import TemplateError
 
+from steerserve.lab.concept_eval.caps import cap_pack
 from steerserve.lab.concept_eval.contrast import Contrast, probe_scores
-from steerserve.lab.concept_eval.treatments import Treatment, scaled
+from steerserve.lab.concept_eval.prompts import opening, rendered_turn
+from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.lab.concept_eval.trial import Direction
 from steerserve.lab.lexicon import Lexicon
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import ConceptPack, DetectorCard, PackTensors, PolicyAction
+from steerserve.steering.packs import ConceptPack, PackTensors
 from steerserve.types import DirectionTarget, FloatArray, Gate, Intervention, Op, Site
 
 BAN = -10.0
 """Leaves a banned token e^-10 of its probability; a harder ban bans no more, but its KL has no bound."""
 GATE_QUANTILES = (0.9, 0.99)
 """Shares of negative train tokens at which the gate of probe-gated steering stays shut; validation chooses."""
+ROWS_AT_ONCE = 4096
+"""Of activations that are encoded by a whole SAE."""
 RARE = 1e-5
 """A piece of a split word is banned if at most this share of negative train tokens is that piece."""
 
@@ -102,7 +107,7 @@ def difference_of_means(model: LoadedModel, contrast: Contrast, direction: Direc
     top, spread = float(max(positive.max(), negative.max())), float(negative.std())
 
     def cap(knob: float) -> Treatment:
-        pack = direction_pack(model, contrast.site, unit, max_norm, top - knob * spread)
+        pack = cap_pack(model, contrast.site, unit, max_norm, top - knob * spread, top)
         return Treatment(Catalog(model, {}, {pack.name: pack}), policies=(pack.name,))
 
     meaning = "cap below the largest projection seen, in standard deviations of negative tokens"
@@ -164,8 +169,7 @@ def _replace_features(
     rng: np.random.Generator,
 ) -> None:
     """Each row's feature by one of the 20 live ones nearest in density that are neither the pack's nor taken."""
-    f = sae.encode(torch.cat([seen.positive, seen.negative]))
-    density, largest = (f > 0).float().mean(0).numpy(), f.amax(0).numpy()
+    density, largest = _activity(sae, torch.cat([seen.positive, seen.negative]))
     free = density > 0
     free[tensors.feature_ids[tensors.feature_ids >= 0]] = False
     chosen = []
@@ -182,17 +186,36 @@ def _replace_features(
     tensors.max_activation[rows], tensors.feature_ids[rows] = largest[chosen], chosen
 
 
-def instructions(model: LoadedModel, text: str) -> list[Method]:
-    """The instruction before the prompt, as plain text and as a system message."""
-    tokenizer = model.tokenizer
-    plain = tuple(tokenizer(f"{text}\n\n").input_ids)
-    methods = [Method(PROMPT, "as plain text", lambda _: replace(Treatment.none(model), prefix=plain))]
-    if tokenizer.chat_template:
-        turns = [{"role": "system", "content": text}, {"role": "user", "content": "Write a text."}]
-        rendered = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        system = tuple(tokenizer(rendered, add_special_tokens=False).input_ids)
-        methods.append(Method(PROMPT, "as a system message", lambda _: replace(Treatment.none(model), prefix=system)))
-    return methods
+def _activity(sae: SAE, rows: torch.Tensor) -> tuple[FloatArray, FloatArray]:
+    """``[d_sae]`` share of ``rows`` ``[n, d_in]`` at which each feature is active, and its largest activation."""
+    count, largest = torch.zeros(sae.d_sae), torch.zeros(sae.d_sae)
+    for part in rows.split(ROWS_AT_ONCE):
+        f = sae.encode(part)
+        count, largest = count + (f > 0).sum(0), largest.maximum(f.amax(0))
+    return (count / len(rows)).numpy(), largest.numpy()
+
+
+def instructions(model: LoadedModel, text: str, chat: bool) -> list[Method]:
+    """The instruction before the text, and as a system message if the model's chat template knows one.
+
+    With ``chat`` prompts are user's turns, which it becomes part of. Before benign text it stands in either case; a
+    system message is there followed by a user who asks for a text.
+    """
+    tokenizer, before = model.tokenizer, f"{text}\n\n"
+    plain = replace(Treatment.none(model), prefix=tuple(tokenizer(before).input_ids))
+    if chat:
+        plain = replace(plain, opening=(opening(model), opening(model, instruction=before)))
+    methods = [Method(PROMPT, "in the user's turn" if chat else "as plain text", lambda _: plain)]
+    if not tokenizer.chat_template:
+        return methods
+    try:
+        rendered = rendered_turn(model, "Write a text.", system=text)
+    except TemplateError:  # such as Gemma 2's, which refuses a system message
+        return methods
+    system = replace(Treatment.none(model), prefix=tuple(tokenizer(rendered, add_special_tokens=False).input_ids))
+    if chat:
+        system = replace(system, opening=(opening(model), opening(model, system=text)))
+    return [*methods, Method(PROMPT, "as a system message", lambda _: system)]
 
 
 def token_list(model: LoadedModel, words: Lexicon, negative: Sequence[str], direction: Direction) -> Method:
@@ -226,33 +249,3 @@ def listed_tokens(model: LoadedModel, words: Lexicon, negative: Sequence[str]) -
 
 def _is_word(token: str, words: Lexicon) -> bool:
     return token.strip().lower() in words.forms
-
-
-def direction_pack(model: LoadedModel, site: Site, unit: FloatArray, max_norm: float, cap: float) -> ConceptPack:
-    """A policy that caps the projection on ``unit``, on rows no longer than ``max_norm``."""
-    from steerserve.steering.packs import ModelRef, PackCard
-
-    vector, one = unit[None].astype(np.float32), np.ones(1, dtype=np.float32)
-    tensors = PackTensors(
-        site=np.zeros(1, dtype=np.int64),
-        W_enc=vector,
-        b_enc=0 * one,
-        threshold=np.full(1, -np.inf, dtype=np.float32),
-        max_norm=np.full(1, max_norm, dtype=np.float32),
-        W_dec=vector,
-        edited=np.ones(1, dtype=bool),
-        value=np.full(1, cap, dtype=np.float32),
-        weight=one,
-        max_activation=one,
-        feature_ids=np.full(1, -1, dtype=np.int64),
-    )
-    card = PackCard(
-        name="direction",
-        version="1",
-        description="a cap",
-        model=ModelRef(name=model.name, fingerprint=model.fingerprint),
-        sites=[str(site)],
-        policy=PolicyAction(op=Op.CLIP),
-        detector=DetectorCard(kind="probe", site=str(site), threshold=0.0),
-    )
-    return scaled(ConceptPack(card, tensors, ""), 1.0)

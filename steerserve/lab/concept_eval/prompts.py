@@ -12,6 +12,8 @@ import numpy as np
 from steerserve.models.loading import LoadedModel
 
 MAX_PROMPT_TOKENS = 128
+USERS_TEXT = "[the user's text]"
+"""Stands for it where a template is taken apart."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,21 @@ def _plain(model: LoadedModel, text: str) -> Prompt:
 
 
 def _turn(model: LoadedModel, text: str) -> Prompt:
-    turn = [{"role": "user", "content": text}]
-    rendered = str(model.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+    rendered = rendered_turn(model, text)
     return Prompt(rendered, tuple(model.tokenizer(rendered, add_special_tokens=False).input_ids))
+
+
+def rendered_turn(model: LoadedModel, text: str, system: str | None = None) -> str:
+    """A user's turn in the model's chat template, behind a system message if one is given, up to the answer."""
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return str(model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def opening(model: LoadedModel, instruction: str = "", system: str | None = None) -> str:
+    """How such a turn begins, up to the user's own text, which may stand behind an ``instruction``."""
+    return rendered_turn(model, f"{instruction}{USERS_TEXT}", system).partition(USERS_TEXT)[0]
 
 
 def digest(prompts: Sequence[Prompt]) -> str:

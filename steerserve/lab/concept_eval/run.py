@@ -15,7 +15,7 @@ from steerserve.lab.bootstrap import Interval
 from steerserve.lab.concept_eval.ability import IOI, Ability, ioi_prompts, next_token
 from steerserve.lab.concept_eval.benign import BenignText, Reading
 from steerserve.lab.concept_eval.card import ArmCard, EvaluationCard, Target, verdicts
-from steerserve.lab.concept_eval.continuations import MAX_TOKENS
+from steerserve.lab.concept_eval.continuations import CONTINUATION_TOKENS
 from steerserve.lab.concept_eval.contrast import Contrast, contrasts
 from steerserve.lab.concept_eval.detection import detection, probe_auroc
 from steerserve.lab.concept_eval.methods import (
@@ -57,7 +57,7 @@ class EvaluationConfig:
     num_prompts: int = 200
     num_seeds: int = 5
     ladder: tuple[float, ...] = (0.5, 1.0, 2.0)
-    fitted_texts: int = 400
+    fitted_texts: int = 1500
     tuning_tokens: int = 5120
     benign_tokens: int = 20480
     validation_prompts: int = 60
@@ -170,7 +170,7 @@ class Evaluation:
             *parts(self.model, self.pack),
             difference_of_means(self.model, seen[site], direction, max_norm),
             *probe_gated(self.model, seen[site], direction),
-            *instructions(self.model, self.instruction),
+            *instructions(self.model, self.instruction, self.setting.chat),
         ]
         if words is not None:
             methods.append(token_list(self.model, Lexicon.load(words, "selection"), train.negative, direction))
@@ -238,7 +238,7 @@ class Evaluation:
             "prompts_sha256": digest(trial.prompts),
             "chat": self.setting.chat,
             "seeds": trial.seeds,
-            "max_tokens": MAX_TOKENS,
+            "max_tokens": CONTINUATION_TOKENS,
             "temperature": 1.0,
             "instruction": self.instruction,
             "benign_tokens": trial.benign.num_tokens,

@@ -16,6 +16,7 @@ import torch
 
 from steerserve.kernels.steer_delta import Normalization, steer_delta_
 from steerserve.lab.concept_eval.treatments import Treatment
+from steerserve.lab.tokens import bos_of
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.plan import Plan, SitePlan
@@ -93,15 +94,17 @@ def last_hidden(
 ) -> tuple[torch.Tensor, Trace]:
     """Final hidden states ``[B, T, d]`` of ``tokens`` ``[B, T]`` behind the treatment's prefix, and what was done.
 
+    Of a BOS token they are those of the prefix's last token, which stands in its place.
     ``earlier`` saves the layers before the first edit; a treatment with a prefix has to run them.
     """
     prefix = torch.tensor(treatment.prefix, dtype=torch.long).expand(len(tokens), -1)
-    fed = torch.cat([prefix, tokens.long()], dim=1)
+    num_replaced = len(bos_of(model)) if treatment.prefix else 0
+    fed = torch.cat([prefix, tokens[:, num_replaced:].long()], dim=1)
     trace = Trace(treatment.plan, (fed.shape[0], fed.shape[1]))
     skip = resumed(model, earlier) if earlier is not None and not treatment.prefix else nullcontext()
     with skip, transformed(model, trace.functions()):
         hidden = model.model.base_model(fed, use_cache=False).last_hidden_state
-    start = len(treatment.prefix)
+    start = len(treatment.prefix) - num_replaced
     trace.relative_edit, trace.scores = trace.relative_edit[:, start:], trace.scores[:, start:]
     return hidden[:, start:], trace
 

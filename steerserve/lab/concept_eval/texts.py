@@ -16,6 +16,10 @@ from steerserve.lab.corpus import Document, Split, read_documents
 from steerserve.lab.lexicon import Lexicon
 
 EXCERPT_CHARS = 300
+FITTED_TOKENS = 48
+"""Of each text, that anything is fitted on."""
+READ_TOKENS = 96
+"""Of each text, that a detector is tested on."""
 
 
 @dataclass(frozen=True)

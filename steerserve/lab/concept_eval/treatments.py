@@ -17,11 +17,13 @@ from steerserve.types import GenerateRequest, Intervention, SamplingParams, Stee
 
 @dataclass(frozen=True, eq=False)
 class Treatment:
-    """Steering, a bias on logits, and tokens before the prompt.
+    """Steering, a bias on logits, and an instruction.
 
     Attributes:
         catalog: what ``steering`` and ``policies`` may name.
-        prefix: an instruction, before the prompt's own tokens.
+        prefix: an instruction's tokens before a text, in the place of its BOS token if there is one.
+        opening: how a prompt in the chat template begins, and how it does with the instruction, which then has its
+            place in the dialogue and not before it; None where prompts are plain text.
     """
 
     catalog: Catalog
@@ -29,6 +31,7 @@ class Treatment:
     policies: tuple[str, ...] = ()
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     prefix: tuple[int, ...] = ()
+    opening: tuple[str, str] | None = None
 
     @classmethod
     def none(cls, model: LoadedModel) -> Treatment:
@@ -53,14 +56,16 @@ class Treatment:
     @cached_property
     def key(self) -> str:
         """SHA-256 of all of it; equal keys do the same."""
-        terms = (self.plan.hash, sorted(self.logit_bias.items()), self.prefix)
+        terms: tuple[object, ...] = (self.plan.hash, sorted(self.logit_bias.items()), self.prefix)
+        if self.opening is not None:
+            terms += self.opening
         return hashlib.sha256(repr(terms).encode()).hexdigest()
 
     def request(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> GenerateRequest:
-        """One that is so treated."""
+        """One that is so treated; ``prompt`` holds the instruction."""
         return GenerateRequest(
             request_id,
-            (*self.prefix, *prompt),
+            tuple(prompt),
             replace(sampling, logit_bias=self.logit_bias),
             self.steering,
             self.policies,

@@ -17,8 +17,10 @@ from steerserve.lab.concept_eval.texts import Corpus
 from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.models.loading import LoadedModel
 
-MAX_SCREENINGS = 4
-SCREENED_AT_ONCE = 256
+SCREENINGS = 4
+"""Continuations of each candidate for a prompt."""
+SCREENED = 5
+"""Candidates per prompt that is wanted."""
 
 
 class Direction(StrEnum):
@@ -142,9 +144,9 @@ def _opened(rate: Interval, bound: float) -> Interval:
 def draw_prompts(model: LoadedModel, corpus: Corpus, setting: Setting, count: int) -> list[Prompt]:
     """At most ``count`` prompts.
 
-    To be suppressed, a concept has to be drawn: candidates from positive texts are continued once, untreated, with
-    seeds used nowhere else, and kept if the primary judge finds the concept. To be amplified, it has to be absent:
-    the first candidates from negative texts are taken as they come.
+    To be suppressed, a concept has to be drawn: candidates from positive texts are continued a few times, untreated,
+    with seeds used nowhere else, and those that most often show the concept to the primary judge are kept. To be
+    amplified, it has to be absent: the first candidates from negative texts are taken as they come.
 
     Raises:
         AssetError: no candidate, or none that draws the concept.
@@ -154,26 +156,23 @@ def draw_prompts(model: LoadedModel, corpus: Corpus, setting: Setting, count: in
         if not prompts:
             raise AssetError("no negative text is short enough for a prompt")
         return prompts
-    pool = list(dict.fromkeys(candidates(model, corpus.positive, setting.chat)))
-    chosen: list[Prompt] = []
-    for screening in range(MAX_SCREENINGS):
-        for start in range(0, len(pool), SCREENED_AT_ONCE):
-            part = [prompt for prompt in pool[start : start + SCREENED_AT_ONCE] if prompt not in chosen]
-            if part:
-                chosen += _drawing(model, setting, part, screening)
-            if len(chosen) >= count:
-                return chosen[:count]
-    if not chosen:
+    pool = list(dict.fromkeys(candidates(model, corpus.positive, setting.chat)))[: SCREENED * count]
+    shown = _times_shown(model, setting, pool) if pool else []
+    drawing = sorted((index for index, times in enumerate(shown) if times), key=lambda index: -shown[index])
+    if not drawing:
         raise AssetError("no prompt made of the positive texts makes the untreated model write the concept")
-    return chosen
+    return [pool[index] for index in drawing[:count]]
 
 
-def _drawing(model: LoadedModel, setting: Setting, part: list[Prompt], screening: int) -> list[Prompt]:
-    """Those of ``part`` that the untreated model goes on in kind from."""
-    untreated = Treatment.none(model)
-    continuations = setting.arms.continuations(model, untreated, part, [screening], "choosing prompts")
-    shown = setting.primary.flags([joined(part[c.prompt].text, c.text) for c in continuations])
-    return [part[c.prompt] for c, hit in zip(continuations, shown, strict=True) if hit]
+def _times_shown(model: LoadedModel, setting: Setting, pool: list[Prompt]) -> list[int]:
+    """How many continuations of each prompt by the untreated model show the concept."""
+    untreated, seeds = Treatment.none(model), list(range(SCREENINGS))
+    continuations = setting.arms.continuations(model, untreated, pool, seeds, "choosing prompts")
+    flags = setting.primary.flags([joined(pool[c.prompt].text, c.text) for c in continuations])
+    shown = [0] * len(pool)
+    for continuation, flag in zip(continuations, flags, strict=True):
+        shown[continuation.prompt] += int(flag)
+    return shown
 
 
 def _run(

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from rich.progress import track
 
 from steerserve.errors import AssetError
-from steerserve.lab.activations import pack_contexts
 from steerserve.lab.evaluation.splice import Substitute, reconstruct, substituted
+from steerserve.lab.tokens import pack_contexts
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE

@@ -25,6 +25,7 @@ from steerserve.lab.activations import activations_of, ordinary_rows
 from steerserve.lab.bootstrap import Interval
 from steerserve.lab.corpus import Document, Split
 from steerserve.lab.evaluation.splice import check_finite
+from steerserve.lab.tokens import bos_of, padded
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 
@@ -125,11 +126,12 @@ def labels_to_probe(labels: Mapping[Split, Sequence[str]]) -> list[str]:
 def pool(model: LoadedModel, sae: SAE, documents: Sequence[Document], context_length: int, pooling: str) -> PooledTexts:
     """Features and activations of each text, ``mean`` or ``max`` over its ordinary positions.
 
-    A text stands behind an end-of-sequence token, as in a harvest. One without an ordinary position is left out.
+    A text stands behind a BOS token if the tokenizer adds one, else behind an end-of-sequence token, as in a harvest.
+    One without an ordinary position is left out.
     """
-    separator = model.tokenizer.eos_token_id
+    head = bos_of(model) or [model.tokenizer.eos_token_id]
     encoded = [
-        ([separator, *model.tokenizer(each.text, add_special_tokens=False).input_ids][:context_length], each.label)
+        ([*head, *model.tokenizer(each.text, add_special_tokens=False).input_ids][:context_length], each.label)
         for each in documents
     ]
     encoded.sort(key=lambda each: len(each[0]))  # batches of equal lengths need little padding
@@ -137,10 +139,10 @@ def pool(model: LoadedModel, sae: SAE, documents: Sequence[Document], context_le
     read = torch.zeros(len(encoded), dtype=torch.bool)
     for start in track(range(0, len(encoded), BATCH_SIZE), "labelled texts"):
         batch = [ids for ids, _ in encoded[start : start + BATCH_SIZE]]
-        tokens, real = _padded(batch, separator)
+        tokens, real = padded(batch)
         x = activations_of(model, tokens, (sae.site,))[sae.site]
         check_finite(x, sae.site)
-        for number, (rows, keep) in enumerate(zip(x, ordinary_rows(x) & real, strict=True), start):
+        for number, (rows, keep) in enumerate(zip(x, ordinary_rows(x, real), strict=True), start):
             if keep.any():
                 kept = rows[keep].float()
                 features[number], activation[number] = _pooled(sae.encode(kept), pooling), _pooled(kept, pooling)
@@ -156,13 +158,6 @@ def auroc_interval(positive: npt.NDArray[np.float64], negative: npt.NDArray[np.f
     variance = wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative)
     half = Z_95 * np.sqrt(variance)
     return Interval(float(area), float(max(area - half, 0)), float(min(area + half, 1)))
-
-
-def _padded(rows: list[list[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens ``[B, T]``, and the mask of those that are no padding: it stands at the end, where nothing sees it."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([row + [padding] * (width - len(row)) for row in rows])
-    return tokens, torch.arange(width) < torch.tensor([[len(row)] for row in rows])
 
 
 def _pooled(rows: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -31,12 +31,12 @@ Substitute = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 def reconstruct(sae: SAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x̂ ``[n, d_out]`` float32 and the number of active features ``[n]`` of finite rows ``x`` ``[n, d_in]``."""
-    compute = _by_kernel if is_kernels(sae) else _by_formula
+    compute = _by_kernel if kernel_computes(sae) else _by_formula
     parts = [compute(sae, rows) for rows in x.float().split(max(1, FEATURES_AT_ONCE // sae.d_sae))]
     return torch.cat([x_hat for x_hat, _ in parts]), torch.cat([count for _, count in parts])
 
 
-def is_kernels(sae: SAE) -> bool:
+def kernel_computes(sae: SAE) -> bool:
     """Whether the kernel computes all that ``sae`` does."""
     return not sae.normalises and sae.W_skip is None and sae.transcodes_to is None
 

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 
 from steerserve.errors import AssetError
-from steerserve.lab.activations import activations_of, ordinary_rows, pack_contexts
+from steerserve.lab.activations import activations_of, ordinary_rows
 from steerserve.lab.manifest import Manifest, open_shard
+from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
 

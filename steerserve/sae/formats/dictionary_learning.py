@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from steerserve.errors import AssetError
-from steerserve.sae.formats.files import Source, TensorFile, read_json, read_pickled, sha256_of, tensors_of
+from steerserve.sae.formats.files import Source, TensorFile, identified, read_json, read_pickled, sha256_of, tensors_of
 from steerserve.sae.formats.folding import fold_decoder_norm, fold_gate, threshold_of
 from steerserve.sae.formats.sites import site_from_name
 from steerserve.sae.model import SAE
@@ -50,7 +50,7 @@ def read(source: Source) -> SAE:
     k = _take_k(file) if kind == "AutoEncoderTopK" else None
     file.drop("k", "group_sizes")
     file.finish(f"an SAE of class {kind}")
-    return SAE(
+    sae = SAE(
         name=source.name,
         site=site,
         W_enc=tensors["W_enc"],
@@ -63,6 +63,7 @@ def read(source: Source) -> SAE:
         metadata={"model_name": trainer["lm_name"]} if trainer.get("lm_name") else {},
         k=k,
     )
+    return identified(sae, dict_class=kind)
 
 
 def _site(trainer: Mapping[str, Any]) -> Site | None:

@@ -8,7 +8,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from steerserve.errors import AssetError
+from steerserve.sae.model import SAE
 from steerserve.types import Site
 
 NormGain = Callable[[int], torch.Tensor]
@@ -205,3 +206,24 @@ def sha256_of(path: Path) -> str:
     """Hash of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def identified(sae: SAE, **folded: object) -> SAE:
+    """``sae``, whose ``sha256`` is that of its weight file, with the hash of all that decides what it computes.
+
+    Not the tensors themselves are hashed, which differ in their last bits between processors.
+
+    Args:
+        folded: what else than the weight file its tensors were made of.
+    """
+    facts = {
+        "weights": sae.sha256,
+        "site": str(sae.site),
+        "out_site": str(sae.out_site),
+        "apply_b_dec_to_input": sae.apply_b_dec_to_input,
+        "max_norm": sae.max_norm,
+        "k": sae.k,
+        "normalisation": str(sae.normalisation),
+        **folded,
+    }
+    return replace(sae, sha256=hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 
 from steerserve.errors import AssetError
-from steerserve.sae.formats.files import Source, read_npz, sha256_of
+from steerserve.sae.formats.files import Source, identified, read_npz, sha256_of
 from steerserve.sae.formats.folding import fold_gain, threshold_of
 from steerserve.sae.formats.sites import ReadSite, read_site
 from steerserve.sae.model import SAE
@@ -48,7 +48,7 @@ def read(source: Source) -> SAE:
         tensors = fold_gain(tensors, where.gain, transcodes)
     metadata = {"model_name": _model_name(repository)} if repository else {}
     l0 = _L0.search(source.origin)
-    return SAE(
+    sae = SAE(
         name=source.name,
         site=where.site,
         W_enc=tensors["W_enc"],
@@ -61,6 +61,7 @@ def read(source: Source) -> SAE:
         metadata=metadata | ({"declared_l0": float(l0[1])} if l0 else {}),
         transcodes_to=Site(where.site.layer, Stream.MLP_OUT) if transcodes else None,
     )
+    return identified(sae, gain=where.gain is not None)
 
 
 def _read_site(source: Source, repository: re.Match[str] | None, layer: re.Match[str] | None) -> ReadSite:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from steerserve.errors import AssetError
-from steerserve.sae.formats.files import Source, TensorFile, read_json, read_safetensors, sha256_of
+from steerserve.sae.formats.files import Source, TensorFile, identified, read_json, read_safetensors, sha256_of
 from steerserve.sae.formats.folding import threshold_of
 from steerserve.sae.formats.sites import named_site, read_site
 from steerserve.sae.model import SAE
@@ -33,7 +33,7 @@ def read(source: Source) -> SAE:
     out_site = named_site(path, "hf_hook_point_out", out_name) if out_name else site
     tensors = _read_weights(read_safetensors(source.path / WEIGHTS))
     metadata = {key: config[key] for key in ("model_name", "type") if key in config}
-    return SAE(
+    sae = SAE(
         name=source.name,
         site=site,
         W_enc=tensors["w_enc"],
@@ -47,6 +47,7 @@ def read(source: Source) -> SAE:
         W_skip=tensors.get("W_skip"),
         transcodes_to=None if out_site == site else out_site,
     )
+    return identified(sae)
 
 
 def _read_weights(file: TensorFile) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from steerserve.errors import AssetError
-from steerserve.sae.formats.files import Source, integer, positive, read_json, read_safetensors, sha256_of
+from steerserve.sae.formats.files import Source, identified, integer, positive, read_json, read_safetensors, sha256_of
 from steerserve.sae.formats.folding import fold_input_scale
 from steerserve.sae.formats.sites import named_site, read_site
 from steerserve.sae.model import SAE
@@ -57,11 +57,12 @@ def read(source: Source) -> SAE:
     file.finish("a Llama Scope SAE")
     theta = positive(path, config, "jump_relu_threshold") * scale
     threshold = torch.full((d_sae,), theta)
-    if config.get("sparsity_include_decoder_norm"):
+    by_decoder_norm = bool(config.get("sparsity_include_decoder_norm"))
+    if by_decoder_norm:
         # pre · |W_dec| is compared, and f is pre
         threshold = threshold / tensors["W_dec"].norm(dim=1).clamp(min=SMALLEST_NORM)
     tensors = fold_input_scale(tensors, scale, out_scale)
-    return SAE(
+    sae = SAE(
         name=source.name,
         site=site,
         W_enc=tensors["W_enc"],
@@ -74,6 +75,7 @@ def read(source: Source) -> SAE:
         metadata={"norm_scaling_factor": scale},
         transcodes_to=None if out_site == site else out_site,
     )
+    return identified(sae, scale=scale, out_scale=out_scale, threshold=theta, by_decoder_norm=by_decoder_norm)
 
 
 def _scale(path: Path, config: dict[str, Any], side: str, d_model: int) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from steerserve.errors import AssetError
-from steerserve.sae.formats.files import Source, integer, read_pickled, sha256_of, tensors_of
+from steerserve.sae.formats.files import Source, identified, integer, read_pickled, sha256_of, tensors_of
 from steerserve.sae.formats.sites import site_from_name
 from steerserve.sae.model import SAE, Normalisation
 from steerserve.types import Site, Stream
@@ -46,7 +46,7 @@ def read(source: Source) -> SAE:
     b_enc, b_dec = file.take("latent_bias", d_sae), file.take("pre_bias", d_in)
     file.drop("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
     file.finish("an SAE of OpenAI's")
-    return SAE(
+    sae = SAE(
         name=source.name,
         site=site,
         W_enc=encoder.T,
@@ -59,6 +59,7 @@ def read(source: Source) -> SAE:
         k=k,
         normalisation=Normalisation.NONE if k is None else Normalisation.LAYER_NORM,
     )
+    return identified(sae)
 
 
 def _k(source: Source, activation: object, state: Mapping[str, Any]) -> int | None:

@@ -1,22 +1,27 @@
 """SAELens: ``cfg.json`` and ``sae_weights.safetensors``.
 
 BatchTopK and Matryoshka SAEs are ``jumprelu`` files. ``sparsity.safetensors`` beside them, the decimal logarithms of
-the features' densities, gives the declared L0. What we write, SAELens itself loads; ``metadata.max_norm`` and
-``max_activation.safetensors`` are ours, and it passes over both.
+the features' densities, gives the declared L0. What we write, SAELens itself loads; ``max_norm`` and
+``weights_sha256`` of the metadata and ``max_activation.safetensors`` are ours, and it passes over them.
+
+What we write replaces an SAE so that no reader takes parts of two for one: the config names its weight file by hash,
+and the largest activations name their SAE.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from steerserve.errors import AssetError, IncompatibleError
-from steerserve.sae.formats.files import Source, positive, read_safetensors, sha256_of
+from steerserve.sae.formats.files import Source, identified, positive, read_safetensors, sha256_of
 from steerserve.sae.formats.folding import (
     fold_centring,
     fold_decoder_norm,
@@ -27,6 +32,7 @@ from steerserve.sae.formats.folding import (
 )
 from steerserve.sae.formats.saelens_config import SAELensConfig, read_config
 from steerserve.sae.formats.sites import ReadSite, named_site, read_site
+from steerserve.sae.formats.whole import written_whole
 from steerserve.sae.model import SAE, Normalisation
 from steerserve.types import Stream
 
@@ -34,6 +40,10 @@ CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SPARSITY = "sparsity.safetensors"
 MAX_ACTIVATION = "max_activation.safetensors"
+WEIGHTS_SHA256 = "weights_sha256"
+"""In the config's metadata."""
+SAE_SHA256 = "sae_sha256"
+"""In the metadata of ``max_activation.safetensors``."""
 LAYOUT_VERSION = "6.0.0"
 """SAELens version whose ``cfg.json`` we write; of a file that names none, SAELens drops the metadata."""
 
@@ -42,8 +52,8 @@ def read(source: Source) -> SAE:
     """Read an SAE directory.
 
     Raises:
-        AssetError: files missing or damaged, tensors missing, unknown, of the wrong shape or not finite, or equations
-            that ``SAE`` does not compute.
+        AssetError: files missing, damaged or of several SAEs, tensors missing, unknown, of the wrong shape or not
+            finite, or equations that ``SAE`` does not compute.
     """
     path = source.path / CONFIG
     config = read_config(path)
@@ -54,8 +64,7 @@ def read(source: Source) -> SAE:
     out_name = config.metadata.get("hook_name_out")
     out_site = named_site(path, "metadata.hook_name_out", out_name) if config.transcodes else None
     in_place = out_site == where.site and normalisation is Normalisation.NONE
-    side = source.path / MAX_ACTIVATION
-    return SAE(
+    sae = SAE(
         name=source.name,
         site=where.site,
         W_enc=tensors["W_enc"],
@@ -65,14 +74,43 @@ def read(source: Source) -> SAE:
         threshold=tensors["threshold"],
         apply_b_dec_to_input=config.apply_b_dec_to_input,
         max_norm=positive(path, config.metadata, "max_norm", default=math.inf),
-        max_activation=read_safetensors(side).take("max_activation", config.d_sae) if side.is_file() else None,
-        sha256=sha256_of(source.path / WEIGHTS),
-        metadata=config.metadata | _declared(source.path / SPARSITY, config.d_sae),
+        sha256=_sha256_of_weights(source.path, config),
+        metadata=_kept(config.metadata) | _declared(source.path / SPARSITY, config.d_sae),
         k=config.k,
         normalisation=normalisation,
         W_skip=tensors.get("W_skip"),
         transcodes_to=None if in_place else out_site,
     )
+    sae = identified(
+        sae,
+        by_decoder_norm=config.rescale_acts_by_decoder_norm,
+        centred=config.is_centred,
+        gain=where.gain is not None,
+        scale=source.norm_scaling_factor if scaled else None,
+    )
+    return replace(sae, max_activation=_max_activation(source.path / MAX_ACTIVATION, sae))
+
+
+def _sha256_of_weights(directory: Path, config: SAELensConfig) -> str:
+    found = sha256_of(directory / WEIGHTS)
+    if (named := config.metadata.get(WEIGHTS_SHA256, found)) != found:
+        raise AssetError(f"{directory / CONFIG} is of weights with SHA-256 {named}; {WEIGHTS} has {found}")
+    return found
+
+
+def _max_activation(path: Path, sae: SAE) -> torch.Tensor | None:
+    """``[d_sae]``, or None if there is no such file; one that names no SAE is believed."""
+    if not path.is_file():
+        return None
+    largest = read_safetensors(path).take("max_activation", sae.d_sae)
+    with safe_open(path, framework="pt") as file:
+        named = (file.metadata() or {}).get(SAE_SHA256, sae.sha256)
+    if named != sae.sha256:
+        raise AssetError(
+            f"{path} was measured of an SAE with SHA-256 {named}; this one has {sae.sha256}; delete it, and "
+            "`steerserve lab eval` measures again"
+        )
+    return largest
 
 
 def save_sae(sae: SAE, directory: Path, dtype: torch.dtype = torch.float16) -> None:
@@ -104,17 +142,22 @@ def save_sae(sae: SAE, directory: Path, dtype: torch.dtype = torch.float16) -> N
     if transcodes:
         config["d_out"] = sae.d_out
     config["metadata"] = _metadata(sae, transcodes)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
     kept = {name: tensor.to(dtype if name.startswith("W_") else torch.float32) for name, tensor in tensors.items()}
-    save_file({name: tensor.contiguous() for name, tensor in kept.items()}, directory / WEIGHTS)
+    directory.mkdir(parents=True, exist_ok=True)
+    with written_whole(directory / WEIGHTS) as weights_file, written_whole(directory / CONFIG) as config_file:
+        save_file({name: tensor.contiguous() for name, tensor in kept.items()}, weights_file)
+        config["metadata"][WEIGHTS_SHA256] = sha256_of(weights_file)
+        config_file.write_text(json.dumps(config, indent=1) + "\n")
+        (directory / MAX_ACTIVATION).unlink(missing_ok=True)
     if sae.max_activation is not None:
-        save_max_activation(sae.max_activation, directory)
+        saved = read(Source(directory, sae.name, origin=""))
+        save_max_activation(sae.max_activation, saved, directory)
 
 
-def save_max_activation(max_activation: torch.Tensor, directory: Path) -> None:
-    """Record the largest activations ``[d_sae]`` beside an SAE; they give ``2.0x`` values their meaning."""
-    save_file({"max_activation": max_activation.float().contiguous()}, directory / MAX_ACTIVATION)
+def save_max_activation(max_activation: torch.Tensor, sae: SAE, directory: Path) -> None:
+    """Record the largest activations ``[d_sae]`` beside ``sae``, as loaded; they give ``2.0x`` values their meaning."""
+    with written_whole(directory / MAX_ACTIVATION) as partial:
+        save_file({"max_activation": max_activation.float().contiguous()}, partial, {SAE_SHA256: sae.sha256})
 
 
 def _architecture_of(sae: SAE) -> str:
@@ -141,6 +184,11 @@ def _metadata(sae: SAE, transcodes: bool) -> dict[str, Any]:
     if transcodes:
         metadata["hook_name_out"] = str(sae.out_site)
     return metadata if math.isinf(sae.max_norm) else metadata | {"max_norm": sae.max_norm}
+
+
+def _kept(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Without what says something of the file alone."""
+    return {name: value for name, value in metadata.items() if name != WEIGHTS_SHA256}
 
 
 def _hook_name(config: SAELensConfig) -> object:

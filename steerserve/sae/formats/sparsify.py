@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from steerserve.errors import AssetError
-from steerserve.sae.formats.files import Source, TensorFile, integer, read_json, read_safetensors, sha256_of
+from steerserve.sae.formats.files import Source, TensorFile, identified, integer, read_json, read_safetensors, sha256_of
 from steerserve.sae.formats.sites import site_from_name
 from steerserve.sae.model import SAE
 from steerserve.types import Site, Stream
@@ -42,7 +42,7 @@ def read(source: Source) -> SAE:
     run = source.path.parent / "config.json"
     model_name = read_json(run).get("model") if run.is_file() else None
     _check_model(source, site, out_site, model_name)
-    return SAE(
+    sae = SAE(
         name=source.name,
         site=site,
         W_enc=tensors["encoder.weight"].T,
@@ -57,6 +57,7 @@ def read(source: Source) -> SAE:
         W_skip=tensors.get("W_skip"),
         transcodes_to=out_site if transcodes else None,
     )
+    return identified(sae)
 
 
 def _check(path: Path, config: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
 from steerserve.kernels.steer_delta import OpCode, edit_of
 from steerserve.lab.activations import MASSIVE_NORM_RATIO, activations_of, ordinary_rows
 from steerserve.lab.concept_build.build import BuildConfig, build_from_direction, build_from_features
-from steerserve.lab.concept_build.completions import tokenize
 from steerserve.lab.concept_build.concept import Concept
 from steerserve.lab.concept_build.detectors import Detector
 from steerserve.lab.concept_build.draft import PackDraft
@@ -27,6 +26,7 @@ from steerserve.lab.concept_build.strength import Budget
 from steerserve.lab.concept_eval.judges import Judge
 from steerserve.lab.concept_eval.texts import Labels
 from steerserve.lab.concept_eval.trial import Direction
+from steerserve.lab.tokens import tokenize
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
@@ -164,8 +164,9 @@ def test_a_direction_is_the_unit_difference_of_means(
         np.testing.assert_array_equal(edited.W_enc, edited.W_dec)
         assert edited.feature_ids[0] == -1
         texts = [f"{pack.name} {number}" for number in range(20)]
-        x = activations_of(tiny, tokenize(tiny, texts).tokens, (site,))[site]
-        typical = float(x[ordinary_rows(x)].norm(dim=1).median())
+        batch = tokenize(tiny, texts, 48)
+        x = activations_of(tiny, batch.tokens, (site,))[site]
+        typical = float(x[ordinary_rows(x, batch.real)].norm(dim=1).median())
         assert edited.max_norm[0] == pytest.approx(MASSIVE_NORM_RATIO * typical, rel=0.3)
         if op is Op.ADD:
             assert edited.threshold[0] == -np.inf

@@ -11,7 +11,7 @@ import torch
 
 from steerserve.lab.concept_build.detectors import Detector, LabelledTexts, choose_detector, text_scores
 from steerserve.lab.concept_build.site_rows import SiteRows
-from steerserve.lab.concept_eval.detection import MAX_TOKENS
+from steerserve.lab.concept_eval.texts import READ_TOKENS
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.types import Site
@@ -87,7 +87,7 @@ def test_a_text_scores_as_its_highest_token_whatever_stands_beside_it(tiny: Load
 
 def test_texts_are_scored_as_far_as_they_are_judged(tiny: LoadedModel, random_sae: SAE, token_id) -> None:
     rows = SiteRows.of_sae(feature_of(tiny, random_sae, token_id("Z")), [0], torch.ones(1))
-    late = ["a" * place + "Z" for place in (MAX_TOKENS - 1, MAX_TOKENS)]
+    late = ["a" * place + "Z" for place in (READ_TOKENS - 1, READ_TOKENS)]
     assert (text_scores(tiny, rows, torch.ones(1), late) > 0).tolist() == [True, False]
 
 

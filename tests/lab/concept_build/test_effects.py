@@ -12,7 +12,7 @@ import torch
 
 from steerserve.lab.activations import activations_of, ordinary_rows
 from steerserve.lab.concept_build.capped import capped_directions
-from steerserve.lab.concept_build.completions import Completions, tokenize
+from steerserve.lab.concept_build.completions import Completions
 from steerserve.lab.concept_build.contexts import Contexts
 from steerserve.lab.concept_build.effects import attribute, measure_effects
 from steerserve.lab.concept_build.fitting import FitConfig, Pools, Start, fit_values
@@ -21,6 +21,7 @@ from steerserve.lab.concept_eval.continuations import continue_prompts
 from steerserve.lab.concept_eval.prompts import Prompt
 from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.lab.lexicon import Lexicon
+from steerserve.lab.tokens import tokenize
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
@@ -52,14 +53,16 @@ def test_a_word_seen_too_rarely_is_not_learned(tiny: LoadedModel) -> None:
     learned = Completions.learn(tiny, ["duck", "a duck"], LEXICON)
     assert learned.after == {}
     assert not learned.alone.any()
-    batch = tokenize(tiny, ["duck"])
-    assert not learned.completed_next(batch).any()
+    batch = tokenize(tiny, ["duck"], 48)
+    assert not learned.completed_next(batch.tokens, batch.real).any()
     assert not learned.opens(batch.tokens).any()
 
 
 def test_where_words_are_completed(tiny: LoadedModel, completions: Completions, token_id) -> None:
-    batch = tokenize(tiny, ["x duck xy", "du"])
-    marked = [[i for i, hit in enumerate(row) if hit] for row in completions.completed_next(batch).tolist()]
+    batch = tokenize(tiny, ["x duck xy", "du"], 48)
+    marked = [
+        [i for i, hit in enumerate(row) if hit] for row in completions.completed_next(batch.tokens, batch.real).tolist()
+    ]
     assert marked == [[2, 6], [0]]  # before u of the duck, and before the second x; before u
     opened = completions.opens(batch.tokens)
     assert opened[0].nonzero().flatten().tolist() == [2]
@@ -72,16 +75,10 @@ def test_where_words_are_completed(tiny: LoadedModel, completions: Completions, 
 
 
 def test_padding_completes_nothing(tiny: LoadedModel, token_id) -> None:
-    eos = tiny.tokenizer.eos_token_id
-    ends = Completions(torch.arange(tiny.vocab_size) == eos, {})
-    batch = tokenize(tiny, ["longer text", "x"])
-    assert batch.tokens[1].tolist() == [token_id("x"), *[eos] * 10]
-    assert batch.real.sum(1).tolist() == [11, 1]
-    assert not ends.completed_next(batch).any()
-
-
-def test_texts_are_cut_to_one_length(tiny: LoadedModel) -> None:
-    assert tokenize(tiny, ["word " * 100, "x"]).tokens.shape == (2, 48)
+    batch = tokenize(tiny, ["longer text", "x"], 48)
+    assert batch.tokens[1].tolist() == [token_id("x"), *[0] * 10]
+    ends = Completions(torch.arange(tiny.vocab_size) == 0, {})
+    assert not ends.completed_next(batch.tokens, batch.real).any()
 
 
 def contexts_of(model: LoadedModel, texts: list[str] = TEXTS, layer: int = 0) -> Contexts:
@@ -92,7 +89,7 @@ def words_probability(
     model: LoadedModel, completions: Completions, edits: dict[Site, Callable], texts: list[str] = TEXTS
 ) -> float:
     """Σ P(completing token) over all real positions, from full logits in plain steps."""
-    batch = tokenize(model, texts)
+    batch = tokenize(model, texts, 48)
     with torch.no_grad(), transformed(model, edits):
         p = model.model(batch.tokens, use_cache=False).logits.double().softmax(-1)[batch.real]
     return float(p.masked_fill(~completions.next_mask(batch.tokens[batch.real]), 0).sum())
@@ -105,7 +102,7 @@ def test_attribution_is_the_derivative_of_the_words_probability(
     contexts = contexts_of(tiny)
     (attribution,) = attribute(tiny, [random_sae], contexts, completions)
     x = activations_of(tiny, contexts.tokens, (SITE,))[SITE]
-    f = random_sae.encode(x) * (ordinary_rows(x) & contexts.real)[..., None]
+    f = random_sae.encode(x) * ordinary_rows(x, contexts.real)[..., None]
     measured = torch.zeros(random_sae.d_sae)
     for j in range(random_sae.d_sae):
         step = 0.01 * f[..., j, None] * random_sae.W_dec[j]
@@ -183,7 +180,7 @@ def start(sae: SAE) -> Start:
 def fit(
     model: LoadedModel, starts: list[Start], completions: Completions, op: Op = Op.CLIP, **config: object
 ) -> list[tuple[SiteRows, torch.Tensor]]:
-    settings = FitConfig(**{"steps": 30, "batch_size": 4, "kl_weight": 0.0, **config})
+    settings = FitConfig(**{"steps": 30, "batch_size": 4, "kl_weight": 0.0, "surprisal_weight": 0.0, **config})
     pools = Pools([contexts_of(model, TEXTS[:4])], contexts_of(model, TEXTS[4:]))
     return fit_values(model, starts, op, op is Op.ADD, pools, completions, settings, lambda *_: None)
 
@@ -219,7 +216,7 @@ def test_the_penalty_holds_everything_else_in_place(
 
     def divergence(kl_weight: float) -> float:
         edits = edits_of(fit(tiny, [start(random_sae)], completions, kl_weight=kl_weight), Op.CLIP)
-        batch = tokenize(tiny, TEXTS)
+        batch = tokenize(tiny, TEXTS, 48)
         with torch.no_grad():
             before = tiny.model(batch.tokens).logits.log_softmax(-1)
             with transformed(tiny, edits):
@@ -250,7 +247,7 @@ def test_capped_directions_do_what_features_alone_do_not(
     capped = capped_directions(tiny, SITE, attribution.gradients, TEXTS[4:] * 10, 2, math.inf)
     torch.testing.assert_close(capped.rows.W_enc @ capped.rows.W_enc.T, torch.eye(2), rtol=1e-4, atol=1e-4)
     assert ((attribution.gradients @ capped.rows.W_enc.T).sum(0) > 0).all(), "along them, the words get likelier"
-    x = activations_of(tiny, tokenize(tiny, TEXTS[4:]).tokens, (SITE,))[SITE][0]
+    x = activations_of(tiny, tokenize(tiny, TEXTS[4:], 48).tokens, (SITE,))[SITE][0]
     above = (x @ capped.rows.W_enc.T > capped.value).float().mean(0)
     assert (above <= 0.2).all()
     features = start(random_sae)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from steerserve.lab.concept_eval import continuations
 from steerserve.lab.concept_eval.benign import BenignText
+from steerserve.lab.concept_eval.caps import cap_pack
 from steerserve.lab.concept_eval.contrast import Contrast, contrasts
 from steerserve.lab.concept_eval.methods import (
     BAN,
@@ -25,7 +28,10 @@ from steerserve.lab.concept_eval.methods import (
     random_features,
     token_list,
 )
+from steerserve.lab.concept_eval.prompts import candidates
+from steerserve.lab.concept_eval.teacher_forced import Trace
 from steerserve.lab.concept_eval.texts import Corpus
+from steerserve.lab.concept_eval.treatments import Treatment
 from steerserve.lab.concept_eval.trial import Direction
 from steerserve.lab.lexicon import Lexicon
 from steerserve.models.loading import LoadedModel
@@ -63,6 +69,13 @@ def test_what_simple_methods_learn() -> None:
     probe = contrast.probe()
     assert probe[0] > 0.99
     assert np.linalg.norm(probe) == pytest.approx(1.0)
+
+
+def test_a_probe_is_fitted_on_texts_from_first_to_last() -> None:
+    """Beyond the first 6,000 rows alone do the two kinds differ."""
+    rows = torch.randn(2, 9000, 32, generator=torch.Generator().manual_seed(0))
+    rows[0, 6000:, 0] += 6
+    assert Contrast(Site.parse("blocks.1.hook_resid_post"), rows[0], rows[1]).probe()[0] > 0.9
 
 
 def test_attention_sinks_and_padding_are_left_out(tiny: LoadedModel, make_pack: MakePack) -> None:
@@ -109,8 +122,21 @@ def test_the_cap_is_a_cap(tiny: LoadedModel, seen: dict[Site, Contrast], make_pa
     positive, negative = contrast.positive.numpy() @ unit, contrast.negative.numpy() @ unit
     top = max(positive.max(), negative.max())
     assert pack.card.policy.op is Op.CLIP
-    assert pack.tensors.value[0] == pytest.approx(top - 2 * negative.std(), rel=1e-3)
+    assert -pack.tensors.b_enc[0] == pytest.approx(top - 2 * negative.std(), rel=1e-3)
     np.testing.assert_allclose(pack.tensors.W_enc[0], unit, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [-2.0, 2.0])
+def test_a_cap_ends_at_its_domain(tiny: LoadedModel, make_pack: MakePack, cap: float) -> None:
+    """Rows beyond it keep their bits, even where the cap is below 0."""
+    site = make_pack().sites[1]
+    unit = np.eye(32, dtype=np.float32)[0]
+    pack = cap_pack(tiny, site, unit, max_norm=10.0, cap=cap, largest=5.0)
+    x = torch.zeros(1, 5, 32)
+    x[0, :, 0] = torch.tensor([-5.0, 1.0, 5.0, 30.0, -30.0])
+    edited = Trace(Treatment.policy(tiny, pack).plan, (1, 5)).functions()[site](x)
+    torch.testing.assert_close(edited[0, :3, 0], x[0, :3, 0].clamp(max=cap))
+    assert torch.equal(edited[0, 3:], x[0, 3:])
 
 
 @pytest.mark.parametrize("direction", list(Direction))
@@ -170,10 +196,57 @@ def test_a_policy_taken_apart(tiny: LoadedModel, make_pack: MakePack) -> None:
 
 def test_the_no_op_and_the_instruction(tiny: LoadedModel, make_pack: MakePack, benign: BenignText) -> None:
     assert benign.read(no_op(tiny, make_pack()).treatment(0.0)).mean_kl == 0
-    for method in instructions(tiny, "Be polite."):
+    for method in instructions(tiny, "Be polite.", chat=False):
         treatment = method.treatment(0.0)
         assert tiny.tokenizer.decode(treatment.prefix).count("Be polite.") == 1
         assert benign.read(treatment).mean_kl > 0
+
+
+CHAT = """{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>
+{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}" + CHAT
+
+
+@pytest.fixture
+def chatting(tiny: LoadedModel) -> LoadedModel:
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = CHAT
+    return replace(tiny, tokenizer=tokenizer)
+
+
+def test_an_instruction_has_its_place_in_the_dialogue(chatting: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt is one dialogue: nothing stands before its template."""
+    prompts = candidates(chatting, ["Hello.", " How are you?"], chat=True)
+    requests: list[str] = []
+    monkeypatch.setattr(
+        continuations.Engine,
+        "add_request",
+        lambda _, request: requests.append(chatting.tokenizer.decode(request.prompt)),
+    )
+    methods = instructions(chatting, "Be polite.", chat=True)
+    assert [method.variant for method in methods] == ["in the user's turn", "as a system message"]
+    for method in methods:
+        continuations.continue_prompts(chatting, method.treatment(0.0), prompts, [0], "")
+    assert requests == [
+        "<user>Be polite.\n\nHello.<end>\n<assistant>",
+        "<user>Be polite.\n\n How are you?<end>\n<assistant>",
+        "<system>Be polite.<end>\n<user>Hello.<end>\n<assistant>",
+        "<system>Be polite.<end>\n<user> How are you?<end>\n<assistant>",
+    ]
+
+
+def test_a_template_that_refuses_system_messages(chatting: LoadedModel) -> None:
+    chatting.tokenizer.chat_template = NO_SYSTEM
+    assert [method.variant for method in instructions(chatting, "Be polite.", chat=True)] == ["in the user's turn"]
+
+
+def test_an_instruction_brings_no_second_bos(with_bos: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[tuple[int, ...]] = []
+    monkeypatch.setattr(continuations.Engine, "add_request", lambda _, request: requests.append(request.prompt))
+    (method,) = instructions(with_bos, "Hi", chat=False)
+    continuations.continue_prompts(with_bos, method.treatment(0.0), candidates(with_bos, ["a", "b"], False), [0], "")
+    assert [request.count(257) for request in requests] == [1, 1]
+    assert all(request[0] == 257 for request in requests)
 
 
 def test_a_token_list_bans_words_and_telling_pieces(tiny: LoadedModel) -> None:

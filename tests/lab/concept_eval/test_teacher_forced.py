@@ -96,6 +96,15 @@ def test_an_instruction_comes_before_the_text(tiny: LoadedModel, tokens: torch.T
     assert trace.relative_edit.shape == tokens.shape
 
 
+def test_an_instruction_stands_in_the_place_of_a_bos_token(with_bos: LoadedModel, tokens: torch.Tensor) -> None:
+    treatment = replace(Treatment.none(with_bos), prefix=(257, 6, 7))
+    texts = torch.cat([torch.full((3, 1), 257), tokens], 1)
+    hidden, trace = last_hidden(with_bos, treatment, texts)
+    fed = torch.cat([torch.tensor([[257, 6, 7]]).expand(3, -1), tokens], 1)
+    torch.testing.assert_close(hidden, last_hidden(with_bos, Treatment.none(with_bos), fed)[0][:, 2:])
+    assert hidden.shape[:2] == trace.relative_edit.shape == texts.shape
+
+
 def test_a_bias_is_added_to_the_logits(tiny: LoadedModel, tokens: torch.Tensor) -> None:
     hidden, _ = last_hidden(tiny, Treatment.none(tiny), tokens)
     plain = logits_of(tiny, Treatment.none(tiny), hidden)
@@ -139,6 +148,7 @@ def test_what_is_alike_has_one_key(tiny: LoadedModel, make_pack: MakePack) -> No
         Treatment.policy(tiny, pack, 0.5),
         Treatment.policy(tiny, make_pack(Op.CLIP)),
         replace(Treatment.none(tiny), prefix=(1,)),
+        replace(Treatment.none(tiny), prefix=(1,), opening=("a", "b")),
         replace(Treatment.none(tiny), logit_bias={1: 2.0}),
     ]
     keys = [treatment.key for treatment in treatments]

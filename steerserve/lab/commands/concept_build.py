@@ -52,7 +52,7 @@ def build_command(
         float | None, typer.Option(min=0.0, help="KL on negative texts, nats a token. [0.1 to suppress, else 0.5]")
     ] = None,
     features: Annotated[int, typer.Option(min=1, help="Features to edit, over all sites.")] = 128,
-    directions: Annotated[int, typer.Option(min=0, help="Capped directions fitted beside them; none to amplify.")] = 4,
+    directions: Annotated[int, typer.Option(min=0, help="Capped directions fitted beside them; none to amplify.")] = 8,
     fit_steps: Annotated[int, typer.Option(min=1, help="Steps of the fit.")] = 110,
     prompts: Annotated[int, typer.Option(min=1, help="Validation prompts.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Continuations of each.")] = 5,

@@ -59,7 +59,7 @@ class BuildConfig:
     fit: FitConfig = field(default_factory=FitConfig)
     suppressing: tuple[float, ...] = SUPPRESSING
     amplifying: tuple[float, ...] = AMPLIFYING
-    directions: int = 4
+    directions: int = 8
     on_policy_prompts: int = 600
     validation_prompts: int = 100
     validation_seeds: int = 5

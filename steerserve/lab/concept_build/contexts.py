@@ -50,7 +50,7 @@ class Contexts:
     @classmethod
     def on_policy(cls, model: LoadedModel, prompts: Sequence[Prompt], seed: int, layer: int) -> Contexts:
         """One continuation of each prompt, by the engine that serves; only what the model wrote counts."""
-        continuations = continue_prompts(model, Treatment.none(model), prompts, [seed], "on-policy texts")
+        continuations = continue_prompts(model, Treatment.none(model), prompts, [seed], "on-policy texts", scored=False)
         heads = [len(prompts[c.prompt].token_ids) for c in continuations]
         tokens, real = padded([(*prompts[c.prompt].token_ids, *c.token_ids) for c in continuations])
         # The last token's next one is as much the model's as those before.

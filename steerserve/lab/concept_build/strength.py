@@ -31,11 +31,11 @@ class Budget:
     def of(cls, direction: Direction, kl: float | None = None) -> Budget:
         """The usual one; ``kl`` replaces that of it."""
         if direction is Direction.SUPPRESS:
-            return cls(0.1 if kl is None else kl, 1.1)
+            return cls(0.1 if kl is None else kl, 1.05)
         return cls(0.5 if kl is None else kl, None)
 
 
-SUPPRESSING = (0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
+SUPPRESSING = (0.8, 0.6, 0.4, 0.3, 0.2, 0.1, 0.0)
 AMPLIFYING = (3.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 
 

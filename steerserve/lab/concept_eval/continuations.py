@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ CONTINUATION_TOKENS = 40
 """At most; a continuation may end by itself."""
 MAX_PREFIX_TOKENS = 88
 """Of an instruction."""
+RUNNING = 128
+"""Continuations at once."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Continuation:
 
     Attributes:
         ended: by itself, before ``CONTINUATION_TOKENS``.
-        nll: summed over its tokens, given the prompt, under the untreated model.
+        nll: summed over its tokens, given the prompt, under the untreated model; NaN where nobody asked for it.
     """
 
     prompt: int
@@ -67,11 +70,17 @@ class Arms:
         return known[key]
 
     def continuations(
-        self, model: LoadedModel, treatment: Treatment, prompts: Sequence[Prompt], seeds: Sequence[int], title: str
+        self,
+        model: LoadedModel,
+        treatment: Treatment,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        title: str,
+        scored: bool = True,
     ) -> list[Continuation]:
         """Every prompt continued with every seed, ordered by prompt and seed; read back if that was done before."""
         if self.directory is None:
-            return continue_prompts(model, treatment, prompts, seeds, title)
+            return continue_prompts(model, treatment, prompts, seeds, title, scored)
         terms = (
             model.fingerprint,
             str(model.model.dtype),
@@ -79,12 +88,13 @@ class Arms:
             digest(prompts),
             list(seeds),
             CONTINUATION_TOKENS,
+            scored,
         )
         path = self.directory / f"{_key(terms)}.json"
         if path.exists():
             rows = json.loads(path.read_text(encoding="utf-8"))
             return [Continuation(**{**row, "token_ids": tuple(row["token_ids"])}) for row in rows]
-        continuations = continue_prompts(model, treatment, prompts, seeds, title)
+        continuations = continue_prompts(model, treatment, prompts, seeds, title, scored)
         self._write(path, [asdict(continuation) for continuation in continuations])
         return continuations
 
@@ -100,20 +110,32 @@ def _key(terms: object) -> str:
 
 
 def continue_prompts(
-    model: LoadedModel, treatment: Treatment, prompts: Sequence[Prompt], seeds: Sequence[int], title: str
+    model: LoadedModel,
+    treatment: Treatment,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    title: str,
+    scored: bool = True,
 ) -> list[Continuation]:
-    """Sample every prompt with every seed at temperature 1, 40 tokens, through the engine; edits alone."""
+    """Sample every prompt with every seed at temperature 1, 40 tokens, through the engine; edits alone.
+
+    Args:
+        scored: with the NLL of each, which takes about half as long again.
+    """
     total = len(prompts) * len(seeds)
     longest = MAX_PROMPT_TOKENS + MAX_PREFIX_TOKENS + CONTINUATION_TOKENS
-    config = EngineConfig(max_num_seqs=64, max_model_len=longest, max_waiting=total)
+    config = EngineConfig(
+        max_num_seqs=RUNNING, max_num_batched_tokens=2 * RUNNING, max_model_len=longest, max_waiting=total
+    )
     with closing(Engine(model, treatment.catalog, config)) as engine:
-        for index, prompt in enumerate(prompts):
-            token_ids = _instructed(model, treatment, prompt)
-            for seed in seeds:
+        # Seed by seed for as many prompts as run at once: all but the first seed find their prompt in the prefix cache.
+        for start in range(0, len(prompts), RUNNING):
+            for seed, index in product(seeds, range(start, min(start + RUNNING, len(prompts)))):
                 params = SamplingParams(max_tokens=CONTINUATION_TOKENS, temperature=1.0, seed=seed)
+                token_ids = _instructed(model, treatment, prompts[index])
                 engine.add_request(treatment.request(f"{index}/{seed}", token_ids, params))
         drawn = sorted(_finished(engine, title, total), key=lambda c: (c.prompt, list(seeds).index(c.seed)))
-    return _with_nll(model, prompts, drawn)
+    return _with_nll(model, prompts, drawn) if scored else drawn
 
 
 def _instructed(model: LoadedModel, treatment: Treatment, prompt: Prompt) -> tuple[int, ...]:
@@ -144,7 +166,7 @@ def _finished(engine: Engine, title: str, total: int) -> list[Continuation]:
                 if output.finish_reason is not None:
                     prompt, seed = map(int, key.split("/"))
                     ended = output.finish_reason is FinishReason.STOP
-                    finished.append(Continuation(prompt, seed, tuple(tokens[key]), texts[key], ended, 0.0))
+                    finished.append(Continuation(prompt, seed, tuple(tokens[key]), texts[key], ended, math.nan))
                     progress.advance(task)
     return finished
 

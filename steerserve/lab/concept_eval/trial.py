@@ -167,7 +167,7 @@ def draw_prompts(model: LoadedModel, corpus: Corpus, setting: Setting, count: in
 def _times_shown(model: LoadedModel, setting: Setting, pool: list[Prompt]) -> list[int]:
     """How many continuations of each prompt by the untreated model show the concept."""
     untreated, seeds = Treatment.none(model), list(range(SCREENINGS))
-    continuations = setting.arms.continuations(model, untreated, pool, seeds, "choosing prompts")
+    continuations = setting.arms.continuations(model, untreated, pool, seeds, "choosing prompts", scored=False)
     flags = setting.primary.flags([joined(pool[c.prompt].text, c.text) for c in continuations])
     shown = [0] * len(pool)
     for continuation, flag in zip(continuations, flags, strict=True):

@@ -71,6 +71,6 @@ def test_where_nothing_was_to_reduce_the_difference_is_told() -> None:
 
 
 def test_what_is_to_be_written_may_surprise_the_model() -> None:
-    assert Budget.of(Direction.SUPPRESS) == Budget(0.1, 1.1)
+    assert Budget.of(Direction.SUPPRESS) == Budget(0.1, 1.05)
     assert Budget.of(Direction.AMPLIFY) == Budget(0.5, None)
     assert Budget.of(Direction.AMPLIFY, 0.2) == Budget(0.2, None)

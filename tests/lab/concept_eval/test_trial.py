@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,7 +94,8 @@ def test_finished_arms_are_not_run_again(
     runs: list[str] = []
 
     def run(*arguments: object) -> list[Continuation]:
-        runs.append(str(arguments[-1]))
+        *_, title, _scored = arguments
+        runs.append(str(title))
         return continue_prompts(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(continuations_module, "continue_prompts", run)
@@ -102,7 +104,10 @@ def test_finished_arms_are_not_run_again(
     arms.continuations(tiny, Treatment.none(tiny), prompts, [1], "other treatment")
     arms.continuations(tiny, treated, prompts, [2], "other seed")
     arms.continuations(tiny, treated, prompts[:1], [1], "other prompts")
-    assert runs == ["other treatment", "other seed", "other prompts"]
+    unscored = arms.continuations(tiny, treated, prompts, [1], "not scored", scored=False)
+    assert runs == ["other treatment", "other seed", "other prompts", "not scored"]
+    assert [c.token_ids for c in unscored] == [c.token_ids for c in first]
+    assert all(math.isnan(c.nll) for c in unscored)
     assert not list(tmp_path.rglob("*.partial"))
 
 

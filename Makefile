@@ -34,30 +34,37 @@ TEXTS ?= texts
 RUN := build/assets
 SHIPPED := $(CURDIR)/steerserve/assets
 STEERSERVE := cd $(RUN) && $(CURDIR)/$(BIN)/steerserve
-LAYERS := 8 16 24
 GENERAL := general_text.jsonl.gz
 TWEETS := tweets_labelled.jsonl.gz
 ALL_TEXTS := --texts $(GENERAL) --texts $(TWEETS)
+
+PACK_TEXTS := --positive $(TWEETS) --negative $(TWEETS) --negative $(GENERAL)
 
 $(RUN): $(STAMP)
 	mkdir -p $@
 	cp $(TEXTS)/$(GENERAL) $(TEXTS)/$(TWEETS) $@
 
+# An SAE from text, and what of it is shipped: $(call sae,layer,tokens,steps)
+define sae
+	$(STEERSERVE) lab harvest $(ALL_TEXTS) --site blocks.$(1).hook_resid_post --out activations-$(1) --max-tokens $(2)
+	$(STEERSERVE) lab train --activations activations-$(1) --site blocks.$(1).hook_resid_post --k 48 --steps $(3) \
+	  --out smollm2-135m-instruct-l$(1)-4k
+	$(STEERSERVE) lab eval smollm2-135m-instruct-l$(1)-4k $(ALL_TEXTS) --activations activations-$(1) \
+	  --labelled $(TWEETS) --held-out-tokens 50000
+	mkdir -p $(SHIPPED)/saes/smollm2-135m-instruct-l$(1)-4k
+	cd $(RUN)/smollm2-135m-instruct-l$(1)-4k && cp *.json sae_weights.safetensors max_activation.safetensors \
+	  $(SHIPPED)/saes/smollm2-135m-instruct-l$(1)-4k
+endef
+
 assets: $(RUN)
-	$(STEERSERVE) lab harvest $(ALL_TEXTS) $(LAYERS:%=--site blocks.%.hook_resid_post) --out activations --max-tokens 4456448
-	set -e; for layer in $(LAYERS); do \
-	  sae=$(SHIPPED)/saes/smollm2-135m-instruct-l$$layer-4k; \
-	  ($(STEERSERVE) lab train --activations activations --site blocks.$$layer.hook_resid_post --k 48 --steps 3600 --out $$sae); \
-	  ($(STEERSERVE) lab eval $$sae $(ALL_TEXTS) --activations activations --labelled $(TWEETS) --held-out-tokens 50000); \
-	done
-	$(STEERSERVE) concept build profanity --words profanity --judge profanity \
-	  --sae $(SHIPPED)/saes/smollm2-135m-instruct-l24-4k --positive $(TWEETS) --negative $(TWEETS) --negative $(GENERAL) \
-	  --out $(SHIPPED)/packs/profanity
+	$(call sae,16,1572864,2400)
+	$(call sae,24,4456448,3600)
+	$(STEERSERVE) concept build profanity --words profanity --judge profanity $(PACK_TEXTS) \
+	  --sae $(SHIPPED)/saes/smollm2-135m-instruct-l24-4k --out $(SHIPPED)/packs/profanity
 	$(MAKE) cards
 
 cards: $(RUN)
-	$(STEERSERVE) concept eval $(SHIPPED)/packs/profanity --work profanity.arms \
-	  --positive $(TWEETS) --negative $(TWEETS) --negative $(GENERAL)
+	$(STEERSERVE) concept eval $(SHIPPED)/packs/profanity --work profanity.arms --ladder 1 $(PACK_TEXTS)
 
 clean:
 	rm -rf .venv build dist *.egg-info steerserve/v1 steerserve/kernels/_*.so

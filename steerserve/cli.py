@@ -25,12 +25,12 @@ STEER_HELP = (
     "TARGET=OP\\[:VALUE]\\[@PHASE]\\[ if TARGET>NUMBER], repeatable. "
     "TARGET: CONCEPT, SAE/FEATURE or direction:FILE.npy@SITE. "
     "OP: clamp, clamp_always, clip, block, scale, add, monitor. VALUE: a number, or '2.0x', a multiple of the "
-    "recorded maximum activation. PHASE: all, prompt, generated. Example: profanity=clamp:-1x"
+    "recorded maximum activation. PHASE: all, prompt, generated. Example: profanity=block"
 )
 GUARD_HELP = (
     "TARGET>NUMBER=ACTION\\[@PHASE], repeatable. ACTION: flag, block, or rewind:TOKENS\\[*RETRIES], which goes on with "
     "' with INTERVENTION\\[; INTERVENTION]...\\[ else flag]'. "
-    "Example: 'profanity>0.5=rewind:8 with profanity=clamp:-2x'"
+    "Example: 'profanity>2.5=rewind:8 with profanity=block'"
 )
 
 Target = Annotated[str, typer.Option(help="Server address, host:port.")]

@@ -44,9 +44,9 @@ class GenerateOptions(TypedDict, total=False):
     """Keyword arguments of ``generate`` and ``generate_stream``; all may be left out.
 
     Attributes:
-        steer: interventions, each an ``Intervention`` or a string such as ``profanity=clamp:-1x``
+        steer: interventions, each an ``Intervention`` or a string such as ``profanity=block``
             (see ``steerserve.serving.steer_string``).
-        guards: each a ``Guard`` or a string such as ``profanity>0.5=block``.
+        guards: each a ``Guard`` or a string such as ``profanity>2.5=block``.
         policies: server-side policies, as ``name`` or ``name@version``.
         max_tokens and what follows it up to ``logprobs``: see ``SamplingParams``, whose defaults apply.
         stop: may be a single string.

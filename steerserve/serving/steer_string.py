@@ -67,7 +67,7 @@ _OP_NAMES = (*Op, _CLAMP_ALWAYS)
 
 
 def parse_intervention(text: str, field: str = "steer") -> Intervention:
-    """Read one intervention, e.g. ``profanity=clamp:-1x`` or ``smollm2-l14/1234=scale:0.5@generated``.
+    """Read one intervention, e.g. ``profanity=block`` or ``smollm2-l14/1234=scale:0.5@generated``.
 
     Args:
         field: what errors call the text.
@@ -78,7 +78,7 @@ def parse_intervention(text: str, field: str = "steer") -> Intervention:
     """
     match = _INTERVENTION.fullmatch(text)
     if match is None:
-        raise InvalidRequestError(field, text, f"{GRAMMAR}, e.g. 'profanity=clamp:-1x'")
+        raise InvalidRequestError(field, text, f"{GRAMMAR}, e.g. 'profanity=block'")
     op, value = match["op"], match["value"]
     if op not in _OP_NAMES:
         raise InvalidRequestError(f"{field} (operation)", op, f"one of {', '.join(_OP_NAMES)}")
@@ -96,7 +96,7 @@ def parse_intervention(text: str, field: str = "steer") -> Intervention:
 
 
 def parse_guard(text: str, field: str = "guard") -> Guard:
-    """Read one guard, e.g. ``profanity>0.5=block`` or ``profanity>0.5=rewind:8 with profanity=clamp:-2x``.
+    """Read one guard, e.g. ``profanity>2.5=block`` or ``profanity>2.5=rewind:8 with profanity=block``.
 
     Args:
         field: what errors call the text.
@@ -106,11 +106,11 @@ def parse_guard(text: str, field: str = "guard") -> Guard:
     """
     match = _GUARD.fullmatch(text)
     if match is None:
-        raise InvalidRequestError(field, text, f"{GUARD_GRAMMAR}, e.g. 'profanity>0.5=block'")
+        raise InvalidRequestError(field, text, f"{GUARD_GRAMMAR}, e.g. 'profanity>2.5=block'")
     action = _parse_action(match["action"], field)
     rewinds = action is GuardAction.REWIND
     if {match["tokens"] is not None, match["edits"] is not None} != {rewinds}:
-        expected = f"{GUARD_GRAMMAR}, e.g. 'profanity>0.5=rewind:8 with profanity=clamp:-2x'"
+        expected = f"{GUARD_GRAMMAR}, e.g. 'profanity>2.5=rewind:8 with profanity=block'"
         raise InvalidRequestError(field, text, expected)
     return Guard(
         target=_parse_target(match["target"], field),

@@ -18,7 +18,7 @@ from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.steering.catalog import Catalog
 
-NAME = "smollm2-135m-instruct-l24-4k"
+SAES = ["smollm2-135m-instruct-l16-4k", "smollm2-135m-instruct-l24-4k"]
 PROSE = """
 The ferry left the harbour a little after six, with eleven passengers and a crate of young apple trees on deck.
 Nobody had expected fog. By the time they passed the lighthouse its lamp was a pale smear, and the captain sent the
@@ -39,8 +39,9 @@ def smollm2(smollm2_dir: Path) -> LoadedModel:
     return load_model(str(smollm2_dir), torch.bfloat16)
 
 
-def test_the_built_in_sae_explains_its_site(smollm2: LoadedModel) -> None:
-    sae = Catalog.load(smollm2, saes=[NAME]).saes[NAME]
+@pytest.mark.parametrize("name", SAES)
+def test_a_built_in_sae_explains_its_site(smollm2: LoadedModel, name: str) -> None:
+    sae = Catalog.load(smollm2, saes=[name]).saes[name]
     assert sae.max_activation is not None
     assert sae.max_activation.min() > 0
     tokens = torch.stack(list(pack_contexts(smollm2, [PROSE.replace("\n", " ")], 64)))

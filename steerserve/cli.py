@@ -254,7 +254,7 @@ def models_list() -> None:
     Console().print(table)
 
 
-# Options and --help of these three are parsed by applications of their own, imported only when they are asked for.
+# Options and --help of these are parsed by applications of their own, imported only when they are asked for.
 _PASSED_ON: dict[str, Any] = {
     "add_help_option": False,
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
@@ -283,6 +283,22 @@ def concept(ctx: typer.Context) -> None:
     from steerserve.lab.cli import concept_app
 
     concept_app(args=ctx.args, prog_name="steerserve concept")
+
+
+@app.command(**_PASSED_ON)
+def analyse(ctx: typer.Context) -> None:
+    """Patch, probe and read a model's activations on pairs of prompts."""
+    from steerserve.circuits.cli import app as analyse_app
+
+    analyse_app(args=ctx.args, prog_name="steerserve analyse")
+
+
+@app.command(**_PASSED_ON)
+def discover(ctx: typer.Context) -> None:
+    """Find the circuit of a behaviour: which heads and MLPs matter, and through which edges."""
+    from steerserve.circuits.cli import discover_app
+
+    discover_app(args=ctx.args, prog_name="steerserve discover")
 
 
 def _bias(text: str) -> tuple[int, float]:

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": PLAIN | {"sae", "kernels"},
     "steering": PLAIN | {"sae"},
     "engine": PLAIN | {"models", "steering", "kernels"},
+    "circuits": PLAIN | {"models", "sae", "steering"},
     "lab": PLAIN | {"models", "sae", "steering"},
     "serving": PLAIN | {"engine", "steering", "v1"},
     "client": PLAIN | {"serving", "v1"},
@@ -33,9 +34,13 @@ ALLOWED: dict[str, set[str]] = {
     "demo": PLAIN | {"client", "display", "lab", "models"},
 }
 
+CIRCUIT_COMMANDS = ("discover", "features", "geometry", "lens", "options", "pairs", "patch", "probe")
+
 EXCEPTIONS: dict[str, set[str]] = {
     # A card must measure the path that serves.
     "lab.concept_eval.continuations": {"engine"},
+    # Commands of both read the same texts and take the same options.
+    **{f"circuits.commands.{name}": {"lab"} for name in CIRCUIT_COMMANDS},
     "lab.concept_eval.teacher_forced": {"kernels"},
     "lab.evaluation.splice": {"kernels"},  # the figures are of the kernels that serve
     "serving.app": {"models", "sae"},  # loads what it serves

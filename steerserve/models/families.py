@@ -38,13 +38,17 @@ class FamilyAdapter:
 
     Attributes:
         layers_path: the ``ModuleList`` of decoder layers, from the causal language model.
+        final_norm: the norm before the unembedding, from the causal language model.
         attention: module of a layer that computes attention.
+        out_proj: module of a layer that maps the outputs of the heads, side by side, to the residual's width.
         attn_out, mlp_out: module of a layer whose output is added to the residual.
         mlp: module of a layer that is its MLP.
     """
 
     layers_path: str
+    final_norm: str
     attention: str
+    out_proj: str
     attn_out: str
     mlp_out: str
     mlp: str = "mlp"
@@ -58,6 +62,10 @@ class FamilyAdapter:
     def attention_layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention module of every layer, in model order."""
         return [layer.get_submodule(self.attention) for layer in self.layers(model)]
+
+    def out_projections(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The output projection of every layer's attention: its input is ``[B, T, heads · head_dim]``."""
+        return [layer.get_submodule(self.out_proj) for layer in self.layers(model)]
 
     def hook_point(self, model: PreTrainedModel, site: Site) -> HookPoint:
         """The module that carries ``site``; the layer must exist."""
@@ -79,12 +87,37 @@ class FamilyAdapter:
         return [Site(layer, stream) for layer in range(len(self.layers(model))) for stream in STEERABLE]
 
 
-_LLAMA = FamilyAdapter("model.layers", attention="self_attn", attn_out="self_attn", mlp_out="mlp")
+_LLAMA = FamilyAdapter(
+    "model.layers",
+    "model.norm",
+    attention="self_attn",
+    out_proj="self_attn.o_proj",
+    attn_out="self_attn",
+    mlp_out="mlp",
+)
 _GEMMA = FamilyAdapter(
     "model.layers",
+    "model.norm",
     attention="self_attn",
+    out_proj="self_attn.o_proj",
     attn_out="post_attention_layernorm",
     mlp_out="post_feedforward_layernorm",
+)
+_GPT2 = FamilyAdapter(
+    "transformer.h",
+    "transformer.ln_f",
+    attention="attn",
+    out_proj="attn.c_proj",
+    attn_out="attn",
+    mlp_out="mlp",
+)
+_NEOX = FamilyAdapter(
+    "gpt_neox.layers",
+    "gpt_neox.final_layer_norm",
+    attention="attention",
+    out_proj="attention.dense",
+    attn_out="attention",
+    mlp_out="mlp",
 )
 
 FAMILIES = {
@@ -93,8 +126,8 @@ FAMILIES = {
     "qwen3": _LLAMA,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "gpt2": FamilyAdapter("transformer.h", attention="attn", attn_out="attn", mlp_out="mlp"),
-    "gpt_neox": FamilyAdapter("gpt_neox.layers", attention="attention", attn_out="attention", mlp_out="mlp"),
+    "gpt2": _GPT2,
+    "gpt_neox": _NEOX,
 }
 """Adapters by the ``model_type`` of the model's config."""
 

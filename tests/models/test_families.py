@@ -94,6 +94,35 @@ def test_the_last_residual_is_before_the_final_norm(model) -> None:
     torch.testing.assert_close(logits.argmax(-1), output.logits.argmax(-1))
 
 
+def test_heads_stand_side_by_side_before_the_output_projection(model) -> None:
+    """Attention adds nothing to the residual when every head is silent, but the projection's own bias."""
+    config = model.model.config
+    heads = config.num_attention_heads
+    width = heads * getattr(config, "head_dim", config.hidden_size // heads)
+    shapes = []
+
+    def silence(_module: torch.nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        shapes.append(args[0].shape)
+        return (torch.zeros_like(args[0]),)
+
+    projections = model.adapter.out_projections(model.model)
+    handles = [projection.register_forward_pre_hook(silence) for projection in projections]
+    seen, _ = read_all_sites(model)
+    for handle in handles:
+        handle.remove()
+    assert shapes == [(1, TOKENS.shape[1], width)] * model.n_layers
+    for layer in range(model.n_layers):
+        out = seen[Site(layer, Stream.ATTN_OUT)]
+        torch.testing.assert_close(out, out[:, :1].expand_as(out), rtol=0, atol=0)
+
+
+def test_the_final_norm_is_what_the_unembedding_reads(model) -> None:
+    seen, output = read_all_sites(model)
+    norm = model.model.get_submodule(model.adapter.final_norm)
+    last = seen[Site(model.n_layers - 1, Stream.RESID_POST)]
+    torch.testing.assert_close(norm(last), output.hidden_states[-1], rtol=0, atol=0)
+
+
 def test_unknown_families_are_refused_with_the_list() -> None:
     with pytest.raises(IncompatibleError, match=r"gemma2.*gpt_neox.*qwen3") as caught:
         adapter_for("mamba")

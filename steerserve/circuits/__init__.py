@@ -1,0 +1,1 @@
+"""Circuits: which edges of a model a behaviour needs, and what can be read along the way."""

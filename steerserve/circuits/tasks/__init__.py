@@ -1,0 +1,1 @@
+"""Built-in behaviours, each as pairs of prompts that differ in its cause."""

@@ -23,6 +23,7 @@ from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.pull import resolve_model
 from steerserve.sae.registry import load_sae
 from steerserve.serving.engine_loop import EngineLoop
+from steerserve.serving.service import Service
 from steerserve.serving.servicer import GenerationServicer
 from steerserve.steering.catalog import ASSETS, Catalog
 from steerserve.steering.pack_files import load_pack
@@ -75,7 +76,8 @@ class Server:
         self.address = f"{config.host}:{port}"
         self._engine_loop = EngineLoop(engine, on_broken=self._report_broken)
         self._health = health.aio.HealthServicer()
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(self._engine_loop), self._server)
+        service = Service(self._engine_loop)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationServicer(service), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 

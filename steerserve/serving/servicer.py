@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -12,9 +14,10 @@ from grpc_status import rpc_status
 
 from steerserve.serving.convert import request_from_proto
 from steerserve.serving.convert_response import model_info_to_proto, response_to_proto, step_to_proto
-from steerserve.serving.engine_loop import EngineLoop
 from steerserve.serving.fields import RequestMessage, proto_field
+from steerserve.serving.service import Caller, Interface, Service
 from steerserve.serving.status import status_of
+from steerserve.types import StepOutput
 from steerserve.v1 import generation_pb2 as pb
 from steerserve.v1 import generation_pb2_grpc
 
@@ -22,20 +25,20 @@ Context = ServicerContext[Any, Any]
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
-    """Answers ``steerserve.v1.GenerationService`` from one engine loop.
+    """Answers ``steerserve.v1.GenerationService``.
 
     A call that is cancelled, or runs past its deadline, is a cancelled coroutine here; it leaves
-    ``EngineLoop.open``, which aborts the request. The engine knows the deadline too and does not wait for that.
+    ``Service.generate``, which aborts the request. The engine knows the deadline too and does not wait for that.
     """
 
-    def __init__(self, engine_loop: EngineLoop) -> None:
-        self._engine_loop = engine_loop
-        self._model_info = model_info_to_proto(engine_loop.engine)
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._model_info = model_info_to_proto(service.engine_loop.engine)
         self._started = time.monotonic()
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:  # noqa: N802
         try:
-            async with self._engine_loop.open(request_from_proto(request, context.time_remaining())) as outputs:
+            async with self._outputs(request, context) as outputs:
                 return response_to_proto([output async for output in outputs])
         except Exception as error:
             await _end_with_status(error, request, context)
@@ -46,7 +49,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         num_generated_tokens: Counter[int] = Counter()  # by index
         try:
-            async with self._engine_loop.open(request_from_proto(request, context.time_remaining())) as outputs:
+            async with self._outputs(request, context) as outputs:
                 async for output in outputs:
                     num_generated_tokens[output.index] += len(output.token_ids)
                     await context.write(step_to_proto(output, num_generated_tokens[output.index]))
@@ -56,7 +59,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
-        engine = self._engine_loop.engine
+        engine = self._service.engine_loop.engine
         return pb.GetServerInfoResponse(
             version=version("steerserve"),
             uptime_seconds=time.monotonic() - self._started,
@@ -69,6 +72,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         self, request: pb.GetModelInfoRequest, context: Context
     ) -> pb.GetModelInfoResponse:
         return self._model_info
+
+    def _outputs(
+        self, request: RequestMessage, context: Context
+    ) -> AbstractAsyncContextManager[AsyncIterator[StepOutput]]:
+        asked = request_from_proto(request, context.time_remaining())
+        return self._service.generate(asked, Caller(), Interface.GRPC)
 
 
 async def _end_with_status(error: Exception, request: RequestMessage, context: Context) -> NoReturn:

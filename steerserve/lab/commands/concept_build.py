@@ -6,11 +6,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from steerserve.errors import InvalidRequestError
-from steerserve.lab.commands.options import ModelOption, console, sae_for
+from steerserve.lab.commands.options import ModelDtype, ModelDtypeOption, ModelOption, console, sae_for
 from steerserve.models.loading import load_model
 from steerserve.models.pull import resolve_model
 from steerserve.types import Site
@@ -53,10 +52,11 @@ def build_command(
     ] = None,
     features: Annotated[int, typer.Option(min=1, help="Features to edit, over all sites.")] = 128,
     directions: Annotated[int, typer.Option(min=0, help="Capped directions fitted beside them; none to amplify.")] = 8,
-    fit_steps: Annotated[int, typer.Option(min=1, help="Steps of the fit.")] = 110,
+    fit_steps: Annotated[int, typer.Option(min=1, help="Steps of the fit.")] = 150,
     prompts: Annotated[int, typer.Option(min=1, help="Validation prompts.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Continuations of each.")] = 5,
     model: ModelOption = "smollm2-135m-instruct",
+    dtype: ModelDtypeOption = ModelDtype.BFLOAT16,
 ) -> None:
     """Build a concept pack: rows chosen by effect, operands fitted, a detector calibrated. Next: `concept eval`."""
     from steerserve.lab.concept_build.build import BuildConfig, build_from_direction, build_from_features
@@ -92,7 +92,7 @@ def build_command(
         validation_prompts=prompts,
         validation_seeds=seeds,
     )
-    loaded = load_model(resolve_model(model), torch.bfloat16)
+    loaded = load_model(resolve_model(model), dtype.torch)
     if method is Method.FEATURES:
         build_from_features(loaded, [sae_for(loaded, path) for path in sae or []], concept, config, out, console)
     else:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from steerserve.lab.commands.options import ModelOption, console, sae_for
+from steerserve.lab.commands.options import ModelDtype, ModelDtypeOption, ModelOption, console, sae_for
 from steerserve.steering.packs import SAERef
 
 BUILT_IN_SAES = Path(__file__).parents[2] / "assets" / "saes"
@@ -26,6 +25,7 @@ def eval_pack_command(
     positive_label: Annotated[list[str], typer.Option(help="Only texts so labelled count; repeatable.")] = [],  # noqa: B006
     negative_label: Annotated[list[str], typer.Option(help="The same for --negative.")] = [],  # noqa: B006
     model: ModelOption = "smollm2-135m-instruct",
+    dtype: ModelDtypeOption = ModelDtype.BFLOAT16,
     amplify: Annotated[bool, typer.Option("--amplify", help="The pack is to write the concept more often.")] = False,
     judge: Annotated[str, typer.Option(help="Primary judge; see docs/lab.md for all.")] = "profanity",
     second_judge: Annotated[str, typer.Option(help="A classifier beside it; '' for none.")] = "alt-profanity-check",
@@ -60,7 +60,7 @@ def eval_pack_command(
     from steerserve.models.pull import resolve_model
     from steerserve.steering.pack_files import load_pack, save_pack
 
-    loaded = load_model(resolve_model(model), torch.bfloat16)
+    loaded = load_model(resolve_model(model), dtype.torch)
     concept = load_pack(pack)
     concept.check_model(loaded)
     direction = Direction.AMPLIFY if amplify else Direction.SUPPRESS

@@ -240,6 +240,7 @@ class Evaluation:
             "seeds": trial.seeds,
             "max_tokens": CONTINUATION_TOKENS,
             "temperature": 1.0,
+            "dtype": str(self.model.model.dtype).removeprefix("torch."),
             "instruction": self.instruction,
             "benign_tokens": trial.benign.num_tokens,
             "target": vars(self.target),

@@ -71,5 +71,5 @@ clean:
 
 $(STAMP): pyproject.toml setup.py constraints.txt $(NATIVE)
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,lab]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,lab,sidecar]'
 	touch $@

@@ -22,7 +22,7 @@ from steerserve.lab.concept_build.capped import capped_directions
 from steerserve.lab.concept_build.completions import Completions
 from steerserve.lab.concept_build.concept import Concept, Materials
 from steerserve.lab.concept_build.contexts import Contexts, seed_of
-from steerserve.lab.concept_build.detectors import Detector, LabelledTexts, choose_detector
+from steerserve.lab.concept_build.detectors import Detector, choose_detector
 from steerserve.lab.concept_build.directions import difference_of_means
 from steerserve.lab.concept_build.draft import PackDraft
 from steerserve.lab.concept_build.fitting import FitConfig, Pools, Start, fit_values
@@ -31,6 +31,7 @@ from steerserve.lab.concept_build.site_rows import SiteRows
 from steerserve.lab.concept_build.strength import AMPLIFYING, SUPPRESSING, choose_strength
 from steerserve.lab.concept_eval.prompts import candidates
 from steerserve.lab.concept_eval.trial import Direction, Setting, Trial
+from steerserve.lab.pooled_probe import LabelledTexts
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import refuse_unsteerable

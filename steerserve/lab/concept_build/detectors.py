@@ -7,7 +7,6 @@ is kept, and both figures are recorded.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,21 +14,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from rich.progress import track
 
-from steerserve.lab.activations import MASSIVE_NORM_RATIO, activations_of, ordinary_rows
+from steerserve.lab.activations import MASSIVE_NORM_RATIO, activations_of
 from steerserve.lab.concept_build.contrast import auroc
 from steerserve.lab.concept_build.site_rows import MIN_ACTIVATION, SiteRows
-from steerserve.lab.concept_eval.texts import FITTED_TOKENS, READ_TOKENS
+from steerserve.lab.concept_eval.texts import READ_TOKENS
+from steerserve.lab.pooled_probe import LabelledTexts, TokenRows, fit_pooled
 from steerserve.lab.tokens import tokenize
 from steerserve.models.loading import LoadedModel
 from steerserve.types import Site
 
 BATCH_SIZE = 32
-FIT_STEPS = 200
-LEARNING_RATE = 0.02
-L2 = 0.01
 FALSE_POSITIVE_RATE = 0.01
 
 Scores = npt.NDArray[np.float32]
@@ -53,19 +48,6 @@ class Detector:
     auroc_probe: float | None
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledTexts:
-    """Texts with what they show."""
-
-    positive: Sequence[str]
-    negative: Sequence[str]
-
-    @property
-    def all(self) -> list[str]:
-        """Positive ones first."""
-        return [*self.positive, *self.negative]
-
-
 def choose_detector(
     model: LoadedModel,
     sites: Sequence[Site],
@@ -74,7 +56,7 @@ def choose_detector(
     validation: LabelledTexts,
 ) -> Detector:
     """The best of a probe at each site and of a weighted sum of each site's ``features``."""
-    tokens = _TokenRows.read(model, sites, train)
+    tokens = TokenRows.read(model, sites, train)
     candidates: list[tuple[Kind, tuple[SiteRows, torch.Tensor]]] = [
         *(("probe", _fit_probe(tokens, site)) for site in sites),
         *(("features", _fit_features(tokens, rows)) for rows in features),
@@ -104,43 +86,11 @@ def text_scores(model: LoadedModel, rows: SiteRows, weight: torch.Tensor, texts:
     return torch.cat(scores).numpy()
 
 
-@dataclass(frozen=True, eq=False)
-class _TokenRows:
-    """Ordinary positions of labelled texts.
-
-    Attributes:
-        x: by site ``[N, d]`` float32.
-        text: ``[N]`` which text each is of; ``label`` ``[n]`` is 1 for positive texts.
-    """
-
-    x: dict[Site, torch.Tensor]
-    text: torch.Tensor
-    label: torch.Tensor
-
-    @classmethod
-    def read(cls, model: LoadedModel, sites: Sequence[Site], texts: LabelledTexts) -> _TokenRows:
-        parts: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
-        index: list[torch.Tensor] = []
-        for start in track(range(0, len(texts.all), BATCH_SIZE), "detector"):
-            batch = tokenize(model, texts.all[start : start + BATCH_SIZE], FITTED_TOKENS)
-            x = activations_of(model, batch.tokens, tuple(sites))
-            keep = batch.text.clone()
-            for site in sites:
-                keep &= ordinary_rows(x[site], batch.real)
-            index.append(start + keep.nonzero()[:, 0])
-            for site in sites:
-                parts[site].append(x[site][keep].float())
-        label = torch.zeros(len(texts.all))
-        label[: len(texts.positive)] = 1
-        x = {site: torch.cat(part) for site, part in parts.items()}
-        return cls(x, torch.cat(index), label)
-
-
-def _fit_probe(tokens: _TokenRows, site: Site) -> tuple[SiteRows, torch.Tensor]:
+def _fit_probe(tokens: TokenRows, site: Site) -> tuple[SiteRows, torch.Tensor]:
     """A row that reads the raw activation, and its weight of 1."""
     x = tokens.x[site]
     mean, deviation = x.mean(0), x.std(0).clamp(min=1e-6)
-    w, b = _fit_pooled((x - mean) / deviation, tokens)
+    w, b = fit_pooled((x - mean) / deviation, tokens)
     reads = w / deviation
     bias = float(b - mean @ reads)
     max_norm = MASSIVE_NORM_RATIO * float(x.norm(dim=1).median())
@@ -149,40 +99,10 @@ def _fit_probe(tokens: _TokenRows, site: Site) -> tuple[SiteRows, torch.Tensor]:
     return replace(row, max_activation=largest), torch.ones(1)
 
 
-def _fit_features(tokens: _TokenRows, rows: SiteRows) -> tuple[SiteRows, torch.Tensor]:
+def _fit_features(tokens: TokenRows, rows: SiteRows) -> tuple[SiteRows, torch.Tensor]:
     """Weights ``[k]`` of SAE features; a bias would shift score and threshold alike, and is left out."""
     f = rows.activations(tokens.x[rows.site])
     scale = rows.max_activation.clamp(min=MIN_ACTIVATION)
-    w, _ = _fit_pooled(f / scale, tokens)
+    w, _ = fit_pooled(f / scale, tokens)
     used = [index for index, weight in enumerate(w.tolist()) if weight != 0]
     return rows.take(used), (w / scale)[used]
-
-
-def _fit_pooled(x: torch.Tensor, tokens: _TokenRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """L2-regularised logistic regression of the texts' labels on the softmax-pooled scores of their tokens.
-
-    Both classes count the same. Starts at the difference of the classes' means: weights ``[p]`` and bias.
-    """
-    of_positive = tokens.label[tokens.text] > 0
-    difference = x[of_positive].mean(0) - x[~of_positive].mean(0)
-    w = (difference / difference.norm().clamp(min=1e-6)).clone().requires_grad_()
-    b = torch.zeros((), requires_grad=True)
-    balance = torch.where(tokens.label > 0, 0.5 / tokens.label.mean(), 0.5 / (1 - tokens.label.mean()))
-    optimizer = torch.optim.Adam([w, b], lr=LEARNING_RATE)
-    seen = torch.zeros(len(tokens.label), dtype=torch.bool)
-    seen[tokens.text] = True  # a text of one token has no ordinary position
-    for _ in range(FIT_STEPS):
-        pooled = _softmax_pool(x @ w + b, tokens.text, len(tokens.label))
-        loss = F.binary_cross_entropy_with_logits(pooled[seen], tokens.label[seen], weight=balance[seen])
-        optimizer.zero_grad()
-        (loss + L2 * w.square().sum()).backward()
-        optimizer.step()
-    return w.detach(), b.detach()
-
-
-def _softmax_pool(score: torch.Tensor, text: torch.Tensor, count: int) -> torch.Tensor:
-    """``[count]`` Σ softmax(score) · score over the tokens of each text: the maximum, with gradients for all."""
-    top = torch.full((count,), -math.inf).scatter_reduce(0, text, score.detach(), "amax")
-    weight = (score - top[text]).exp()
-    total = torch.zeros(count).index_add(0, text, weight)
-    return torch.zeros(count).index_add(0, text, weight * score) / total.clamp(min=1e-30)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from steerserve.lab.concept_build.detectors import Detector, LabelledTexts, choose_detector, text_scores
+from steerserve.lab.concept_build.detectors import Detector, choose_detector, text_scores
 from steerserve.lab.concept_build.site_rows import SiteRows
 from steerserve.lab.concept_eval.texts import READ_TOKENS
+from steerserve.lab.pooled_probe import LabelledTexts
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.model import SAE
 from steerserve.types import Site

@@ -52,7 +52,7 @@ def build_command(
     ] = None,
     features: Annotated[int, typer.Option(min=1, help="Features to edit, over all sites.")] = 128,
     directions: Annotated[int, typer.Option(min=0, help="Capped directions fitted beside them; none to amplify.")] = 8,
-    fit_steps: Annotated[int, typer.Option(min=1, help="Steps of the fit.")] = 150,
+    fit_steps: Annotated[int, typer.Option(min=1, help="Steps of the fit.")] = 110,
     prompts: Annotated[int, typer.Option(min=1, help="Validation prompts.")] = 100,
     seeds: Annotated[int, typer.Option(min=1, help="Continuations of each.")] = 5,
     model: ModelOption = "smollm2-135m-instruct",

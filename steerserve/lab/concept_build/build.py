@@ -61,7 +61,7 @@ class BuildConfig:
     suppressing: tuple[float, ...] = SUPPRESSING
     amplifying: tuple[float, ...] = AMPLIFYING
     directions: int = 8
-    on_policy_prompts: int = 1500
+    on_policy_prompts: int = 600
     validation_prompts: int = 100
     validation_seeds: int = 5
 

@@ -41,7 +41,7 @@ class FitConfig:
         direction_rate: of the directions.
     """
 
-    steps: int = 150
+    steps: int = 110
     batch_size: int = 10
     scored_share: float = 0.35
     learning_rate: float = 0.12

@@ -109,7 +109,7 @@ def reference(made: Objective[Any], architecture: str, x: torch.Tensor, weights:
 def test_losses_and_gradients_are_those_of_the_formulas(
     architecture: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch, "autocast", lambda *args: torch.enable_grad())  # products in full precision
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: torch.enable_grad())  # products in full precision
     made, x = objective(architecture, **settings)
     forward = made(x, x, 10**6)
     loss = made.loss(forward)

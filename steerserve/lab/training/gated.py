@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from steerserve.lab.training.objective import Forward, Objective, Thresholded, mean_square, ramp
+from steerserve.lab.training.objective import Forward, Objective, Thresholded, mean_square, mixed_precision, ramp
 from steerserve.lab.training.settings import GatedConfig
 
 
@@ -31,7 +31,7 @@ class Gated(Objective[GatedConfig]):
     def loss(self, forward: Forward) -> torch.Tensor:
         l1 = self.config.l1 * ramp(forward.step, self.config.sparsity_warmup_steps)
         gate = torch.relu(forward.pre)
-        with torch.autocast(gate.device.type, torch.bfloat16):
+        with mixed_precision(gate.device):
             reconstruction = gate @ self.W_dec.detach()
             if self.W_skip is not None:
                 reconstruction = reconstruction + forward.x @ self.W_skip.detach().T

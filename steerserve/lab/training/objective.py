@@ -54,6 +54,13 @@ class Thresholded:
     threshold: torch.Tensor
 
 
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """bfloat16 products, but not on a CPU without instructions for them: it takes four times as long as in float32."""
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    is_fast = device.type != "cpu" or any(capabilities.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_fast)
+
+
 class Objective(nn.Module, Generic[Config]):
     """An SAE in training.
 
@@ -106,7 +113,7 @@ class Objective(nn.Module, Generic[Config]):
         """Encode, reconstruct, and note which features fired."""
         pre = self.pre_activation(x)
         f = self.activation(pre)
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with mixed_precision(x.device):
             reconstruction = f @ self.W_dec
             if self.W_skip is not None:
                 reconstruction = reconstruction + x @ self.W_skip.T
@@ -117,7 +124,7 @@ class Objective(nn.Module, Generic[Config]):
 
     def pre_activation(self, x: torch.Tensor) -> torch.Tensor:
         """``[n, d_sae]``."""
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with mixed_precision(x.device):
             product = (x if self.transcodes else x - self.b_dec) @ self.encoder()
         return product.float().add_(self.b_enc)  # in place, as there is no larger tensor
 

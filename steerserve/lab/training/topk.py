@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from steerserve.lab.training.objective import Forward, Objective, Thresholded, mean_square
+from steerserve.lab.training.objective import Forward, Objective, Thresholded, mean_square, mixed_precision
 from steerserve.lab.training.settings import BatchTopKConfig, MatryoshkaConfig, TopKConfig
 
 INITIAL_SHARE_EXPONENT = 3.6
@@ -94,7 +94,7 @@ class Matryoshka(_BatchTopKBase[MatryoshkaConfig]):
         ends = [round(share * self.config.d_sae) for share in self.config.prefix_shares]
         residual, squares = forward.residual, [mean_square(forward.residual)]
         for begin, end in reversed(list(pairwise(ends))):
-            with torch.autocast(residual.device.type, torch.bfloat16):
+            with mixed_precision(residual.device):
                 block = forward.f[:, begin:end] @ self.W_dec[begin:end]
             residual = residual + block.float()
             squares.append(mean_square(residual))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         Site,
         SteeringSpec,
         Unit,
+        Verdict,
+        VerdictKind,
     )
 
 _MODULE_OF = {
@@ -55,6 +57,8 @@ __all__ = [
     "SteeringSpec",
     "SteerserveClient",
     "Unit",
+    "Verdict",
+    "VerdictKind",
     "parse_guard",
     "parse_intervention",
 ]

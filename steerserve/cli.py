@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,13 +14,11 @@ from typer.core import TyperGroup
 from steerserve.errors import InvalidRequestError, SteerserveError
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from steerserve.types import StepOutput
 
-    ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
 DEFAULT_TARGET = "127.0.0.1:50051"
+SIDECAR_PACKAGES = {"envoy", "opentelemetry", "starlette", "uvicorn"}
+"""What the extra of that name brings."""
 STEER_HELP = (
     "TARGET=OP\\[:VALUE]\\[@PHASE]\\[ if TARGET>NUMBER], repeatable. "
     "TARGET: CONCEPT, SAE/FEATURE or direction:FILE.npy@SITE. "
@@ -28,8 +26,8 @@ STEER_HELP = (
     "recorded maximum activation. PHASE: all, prompt, generated. Example: profanity=block"
 )
 GUARD_HELP = (
-    "TARGET>NUMBER=ACTION\\[@PHASE], repeatable. ACTION: flag, block, or rewind:TOKENS\\[*RETRIES], which goes on with "
-    "' with INTERVENTION\\[; INTERVENTION]...\\[ else flag]'. "
+    "TARGET>NUMBER=ACTION\\[@PHASE], repeatable. ACTION: flag, redact, block, or rewind:TOKENS\\[*RETRIES], which "
+    "goes on with ' with INTERVENTION\\[; INTERVENTION]...\\[ else flag]'. "
     "Example: 'profanity>2.5=rewind:8 with profanity=block'"
 )
 
@@ -45,7 +43,8 @@ class _Commands(TyperGroup):
         except SteerserveError as error:
             message = str(error)
         except ModuleNotFoundError as error:
-            message = f"{error.name} is not installed; the lab needs: pip install 'steerserve[lab]'"
+            extra = "sidecar" if (error.name or "").partition(".")[0] in SIDECAR_PACKAGES else "lab"
+            message = f"{error.name} is not installed; the {extra} needs: pip install 'steerserve[{extra}]'"
         Console(stderr=True).print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
         raise typer.Exit(2)
 
@@ -63,19 +62,57 @@ app.add_typer(models_app, name="models")
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Option(help="Known name, Hugging Face id or directory.")] = "smollm2-135m-instruct",
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with the sections 'server' and 'engine'; --print-config shows one.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show every setting, and where it is from, and end.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Known name, Hugging Face id or directory. [smollm2-135m-instruct]")
+    ] = None,
     pack: Annotated[
         list[str] | None, typer.Option(help="Concept pack: built-in name or directory. Repeatable.")
     ] = None,
     sae: Annotated[list[str] | None, typer.Option(help="SAE: built-in name or directory. Repeatable.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on. There is no authentication.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.")] = 50051,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 16,
-    max_model_len: Annotated[int, typer.Option(help="Longest prompt plus response, in tokens.")] = 1024,
+    policy_dir: Annotated[
+        str | None,
+        typer.Option(help="Directory of policy files, read again when they change; left out: the built-in ones."),
+    ] = None,
+    access: Annotated[
+        str | None, typer.Option(help="YAML file of tenants and keys; left out: no keys, on loopback alone.")
+    ] = None,
+    certificate: Annotated[str | None, typer.Option(help="PEM file: gRPC and HTTP speak TLS alone.")] = None,
+    private_key: Annotated[str | None, typer.Option(help="PEM file of the certificate's key.")] = None,
+    client_ca: Annotated[
+        str | None, typer.Option(help="PEM file: every client of gRPC must show a certificate of these authorities.")
+    ] = None,
+    insecure_bind: Annotated[
+        bool, typer.Option("--insecure-bind", help="Listen beyond loopback without keys or TLS.")
+    ] = False,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one. [50051]")] = None,
+    http_port: Annotated[
+        int | None,
+        typer.Option(help="Port of the OpenAI-compatible HTTP interface; 0 picks a free one. Left out: no HTTP."),
+    ] = None,
+    http_host: Annotated[str | None, typer.Option(help="Address of the HTTP interface. [127.0.0.1]")] = None,
+    envoy_policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Policy, NAME or NAME@VERSION, that judges another model's traffic as Envoy's external processor "
+            "on the gRPC port. Repeatable. Left out: that service is off."
+        ),
+    ] = None,
+    envoy_fail_open: Annotated[
+        bool, typer.Option("--envoy-fail-open", help="Let pass what cannot be checked, instead of refusing it.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32. [bfloat16]")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Requests that run at the same time. [16]")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt plus response, in tokens. [1024]")] = None,
     max_num_batched_tokens: Annotated[
-        int, typer.Option(help="Tokens of one step: bounds how long a prompt delays the tokens of others.")
-    ] = 128,
+        int | None, typer.Option(help="Tokens of one step: bounds how long a prompt delays the tokens of others. [128]")
+    ] = None,
     kv_cache_tokens: Annotated[
         int | None, typer.Option(help="Room of the KV cache; left out: all that --max-num-seqs requests can need.")
     ] = None,
@@ -84,38 +121,102 @@ def serve(
         bool, typer.Option("--compile", help="torch.compile the model: slow to start, faster to serve.")
     ] = False,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads; torch chooses if left out.")] = None,
-    drain_timeout_s: Annotated[float, typer.Option(help="Seconds for running requests after SIGTERM.")] = 30.0,
+    drain_timeout_s: Annotated[
+        float | None, typer.Option(help="Seconds for running requests after SIGTERM. [30]")
+    ] = None,
+    audit_dir: Annotated[str | None, typer.Option(help="Directory of the audit log; left out: none.")] = None,
+    audit_key: Annotated[
+        str | None, typer.Option(help="Key of its MACs, made by `steerserve audit key create`.")
+    ] = None,
+    audit_heads: Annotated[
+        str | None, typer.Option(help="File of its signed heads, out of reach of who can write the log.")
+    ] = None,
+    audit_signing_key: Annotated[str | None, typer.Option(help="Key that signs the heads.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Port of Prometheus' /metrics; 0 picks a free one. Left out: no metrics.")
+    ] = None,
+    metrics_host: Annotated[
+        str | None, typer.Option(help="Address of the metrics, which ask for no key. [127.0.0.1]")
+    ] = None,
+    traces: Annotated[
+        bool, typer.Option("--traces", help="Send OpenTelemetry spans where OTEL_EXPORTER_OTLP_ENDPOINT says.")
+    ] = False,
+    log_format: Annotated[str | None, typer.Option(help="console or json; on standard error. [console]")] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="DEBUG, INFO (a line for each request), WARNING or ERROR. [INFO]")
+    ] = None,
 ) -> None:
-    """Serve a model. Without --pack or --sae, every built-in one made for the model is loaded."""
+    """Serve a model. Without --pack or --sae, every built-in one made for the model is loaded.
+
+    What is not said here is taken from the environment (STEERSERVE_SERVER__HTTP__PORT=8080), then from --config.
+    """
     import asyncio
-    import logging
 
-    from transformers.utils.logging import disable_progress_bar
+    from steerserve.settings import Layers
 
-    from steerserve.config import EngineConfig, ServerConfig
-    from steerserve.serving.app import load_engine
+    server = {
+        "model": model,
+        "packs": pack,
+        "saes": sae,
+        "host": host,
+        "port": port,
+        "drain_timeout_s": drain_timeout_s,
+        "policies": {"directory": policy_dir},
+        "access": {
+            "file": access,
+            "certificate": certificate,
+            "private_key": private_key,
+            "client_ca": client_ca,
+            "insecure_bind": insecure_bind or None,
+        },
+        "http": {"host": http_host, "port": http_port},
+        "envoy": {"policies": envoy_policy, "fail_open": envoy_fail_open or None},
+        "audit": {
+            "directory": audit_dir,
+            "key": audit_key,
+            "heads": audit_heads,
+            "signing_key": audit_signing_key,
+        },
+        "telemetry": {
+            "metrics_port": metrics_port,
+            "metrics_host": metrics_host,
+            "traces": traces or None,
+            "log_format": log_format,
+            "log_level": log_level,
+        },
+    }
+    engine_flags = {
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "kv_cache_tokens": kv_cache_tokens,
+        "sites": site,
+        "compile": compile or None,
+        "dtype": dtype,
+        "num_threads": num_threads,
+    }
+    layers = Layers(config, _said({"server": server, "engine": engine_flags}))
+    if print_config:
+        print(layers.described(), end="")
+        return
+    settings = layers.settings()
+
+    from steerserve.serving.app import Server, load_engine
     from steerserve.serving.app import serve as run_server
+    from steerserve.serving.logs import configure_logs
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    disable_progress_bar()  # standard error is the log
-    config = _config(
-        ServerConfig, model=model, packs=pack, saes=sae, host=host, port=port, drain_timeout_s=drain_timeout_s
-    )
-    engine_config = _config(
-        EngineConfig,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_tokens=kv_cache_tokens,
-        sites=site,
-        compile=compile,
-        dtype=dtype,
-        num_threads=num_threads,
-    )
-    engine = load_engine(config, engine_config)
-    asyncio.run(
-        run_server(engine, config, lambda address: print(f"serving {engine.model.name} on {address}", flush=True))
-    )
+    configure_logs(settings.server.telemetry)
+    engine = load_engine(settings.server, settings.engine)
+
+    def announce(server: Server) -> None:
+        print(f"serving {engine.model.name} on {server.address}", flush=True)
+        if server.http_address is not None:
+            scheme = "http" if settings.server.access.certificate is None else "https"
+            print(f"serving the OpenAI API on {scheme}://{server.http_address}/v1", flush=True)
+        if server.metrics_address is not None:
+            print(f"serving metrics on http://{server.metrics_address}/metrics", flush=True)
+
+    asyncio.run(run_server(engine, settings.server, announce))
 
 
 @app.command()
@@ -198,6 +299,22 @@ def generate(
 
 
 @app.command()
+def score(
+    text: Annotated[str, typer.Argument(help="Text to read, such as another model's answer.")],
+    concept: Annotated[list[str] | None, typer.Option(help="Concept to look for. Repeatable. [all]")] = None,
+    target: Target = DEFAULT_TARGET,
+) -> None:
+    """Show how much a text shows the loaded concepts, and where; exit code 1 if one is flagged."""
+    from steerserve.client import SteerserveClient
+    from steerserve.display import score_view
+
+    with SteerserveClient(target) as client:
+        scores = client.score(text, concept or (), return_tokens=True)
+    Console().print(score_view(text, scores.values()))
+    raise typer.Exit(int(any(each.flagged for each in scores.values())))
+
+
+@app.command()
 def info(target: Target = DEFAULT_TARGET) -> None:
     """Show what a running server serves, and what requests can name."""
     from steerserve.client import SteerserveClient
@@ -218,6 +335,29 @@ def info(target: Target = DEFAULT_TARGET) -> None:
         table.add_row("concept", f"{concept.name}@{concept.version}: {concept.num_features} features at {concept.site}")
     table.add_row("policies", ", ".join(model.policies) or "none")
     Console().print(table)
+
+
+@app.command()
+def health(
+    target: Target = DEFAULT_TARGET,
+    service: Annotated[str, typer.Option(help="readiness: it takes requests; or liveness.")] = "readiness",
+    wait: Annotated[float, typer.Option(help="Seconds to ask again until it does.")] = 0.0,
+) -> None:
+    """Ask whether a server takes requests; the exit code is 1 if not."""
+    import time
+
+    from steerserve.client import SteerserveClient
+
+    give_up = time.monotonic() + wait
+    while True:
+        # A channel of its own for each: one that has failed waits longer and longer before it tries again.
+        with SteerserveClient(target) as client:
+            is_serving = client.is_serving(service)
+        if is_serving or time.monotonic() > give_up:
+            break
+        time.sleep(0.5)
+    print("serving" if is_serving else "not serving")
+    raise typer.Exit(int(not is_serving))
 
 
 @app.command()
@@ -270,6 +410,30 @@ def sae(ctx: typer.Context) -> None:
 
 
 @app.command(**_PASSED_ON)
+def keys(ctx: typer.Context) -> None:
+    """Make API keys, and check the file that says what they are for."""
+    from steerserve.serving.key_commands import app as keys_app
+
+    keys_app(args=ctx.args, prog_name="steerserve keys")
+
+
+@app.command(**_PASSED_ON)
+def policy(ctx: typer.Context) -> None:
+    """Check, explain and try out policy files."""
+    from steerserve.serving.policy_commands import app as policy_app
+
+    policy_app(args=ctx.args, prog_name="steerserve policy")
+
+
+@app.command(**_PASSED_ON)
+def audit(ctx: typer.Context) -> None:
+    """Make the keys of the audit log, and verify one."""
+    from steerserve.serving.audit.commands import app as audit_app
+
+    audit_app(args=ctx.args, prog_name="steerserve audit")
+
+
+@app.command(**_PASSED_ON)
 def lab(ctx: typer.Context) -> None:
     """Harvest activations; train, evaluate and interpret SAEs."""
     from steerserve.lab.cli import app as lab_app
@@ -309,15 +473,13 @@ def _bias(text: str) -> tuple[int, float]:
         raise InvalidRequestError("--logit-bias", text, "TOKEN_ID=BIAS, e.g. '1234=-5'") from None
 
 
-def _config(config_type: type[ConfigT], **values: object) -> ConfigT:
-    from pydantic import ValidationError
-
-    try:
-        return config_type(**values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = str(problem["loc"][0])
-        option = "--" + {"sites": "site", "packs": "pack", "saes": "sae"}.get(field, field).replace("_", "-")
-        raise InvalidRequestError(
-            option, problem["input"], problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        ) from None
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    """What was given on the command line, without what was left out."""
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            if section := _said(value):
+                given[name] = section
+        elif value is not None:
+            given[name] = value
+    return given

@@ -7,20 +7,25 @@ with SteerserveClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack, cast
 
 import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from steerserve.errors import InvalidRequestError
+from steerserve.errors import AssetError, InvalidRequestError
 from steerserve.serving.convert import request_to_proto
 from steerserve.serving.convert_response import outputs_from_proto, piece_from_proto
+from steerserve.serving.convert_score import scores_from_proto
 from steerserve.serving.status import error_of
 from steerserve.serving.steer_string import parse_guard, parse_intervention
 from steerserve.types import (
+    ConceptScore,
     FinishReason,
     GenerateRequest,
     Guard,
@@ -34,10 +39,14 @@ from steerserve.types import (
     StepOutput,
     StopReason,
     TokenLogprobs,
+    Verdict,
 )
-from steerserve.v1 import generation_pb2, generation_pb2_grpc
+from steerserve.v1 import generation_pb2, generation_pb2_grpc, score_pb2
 
 DEFAULT_TARGET = "127.0.0.1:50051"
+API_KEY_VARIABLE = "STEERSERVE_API_KEY"
+MAX_RECEIVED_BYTES = 64 << 20
+"""Scores of every intervention at every position take more than gRPC's 4 MiB."""
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -97,6 +106,7 @@ class Completion:
     num_prompt_tokens: int
     receipt: Receipt
     guard_events: tuple[GuardEvent, ...]
+    verdicts: tuple[Verdict, ...]
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,45 @@ class Reply(Completion):
     """What ``generate`` returns: all of the ``n`` responses, and the attributes of the first."""
 
     completions: tuple[Completion, ...]
+
+
+@dataclass(frozen=True)
+class TLS:
+    """Files, in PEM, of a connection that is encrypted.
+
+    Attributes:
+        ca: authorities of the server's certificate; None: those of the system.
+        certificate, private_key: the client's own, where the server asks for one.
+    """
+
+    ca: str | None = None
+    certificate: str | None = None
+    private_key: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """As gRPC takes them.
+
+        Raises:
+            AssetError: a file cannot be read.
+        """
+        ca, key, certificate = (_read(path) for path in (self.ca, self.private_key, self.certificate))
+        return grpc.ssl_channel_credentials(ca, key, certificate)
+
+
+class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    """Adds the ``authorization`` header to every call."""
+
+    def __init__(self, key: str) -> None:
+        self._header = ("authorization", f"Bearer {key}")
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(self._with_key(details), request)
+
+    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(self._with_key(details), request)
+
+    def _with_key(self, details: Any) -> Any:
+        return details._replace(metadata=[*(details.metadata or ()), self._header])
 
 
 class SteerserveClient:
@@ -114,11 +163,21 @@ class SteerserveClient:
 
     Args:
         target: ``host:port``.
+        api_key: shown with every call; None: that in the environment variable STEERSERVE_API_KEY, if there is one.
+        tls: the server speaks TLS.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET) -> None:
-        self._channel = grpc.insecure_channel(target)
-        self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+    def __init__(self, target: str = DEFAULT_TARGET, api_key: str | None = None, tls: TLS | None = None) -> None:
+        options = [("grpc.max_receive_message_length", MAX_RECEIVED_BYTES)]
+        if tls is None:
+            channel = grpc.insecure_channel(target, options)
+        else:
+            channel = grpc.secure_channel(target, tls.credentials(), options)
+        self._channel = channel
+        key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
+        if key:
+            channel = grpc.intercept_channel(channel, _WithKey(key))
+        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
 
     def __enter__(self) -> Self:
         return self
@@ -131,6 +190,19 @@ class SteerserveClient:
     def close(self) -> None:
         """Close the channel; calls in progress are cancelled."""
         self._channel.close()
+
+    def is_serving(self, service: str = "readiness", timeout: float = 5.0) -> bool:
+        """Whether the server says so of ``service``: ``readiness`` (it takes requests) or ``liveness``.
+
+        False as well where it cannot be reached.
+        """
+        request = health_pb2.HealthCheckRequest(service=service)
+        try:
+            stub: Any = health_pb2_grpc.HealthStub(self._channel)  # its methods are made when it is
+            answer = stub.Check(request, timeout=timeout)
+        except grpc.RpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def generate(self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[GenerateOptions]) -> Reply:
         """Generate, and return when every response is complete."""
@@ -145,13 +217,25 @@ class SteerserveClient:
     ) -> Iterator[StepOutput]:
         """Generate, and yield each piece as it comes; the last one of each response says how it ended.
 
-        Only that one has ``finish_reason``, ``receipt`` and ``guard_events``. With ``n`` > 1 the pieces of the
-        responses alternate; ``index`` tells them apart.
+        Only that one has ``finish_reason``, ``receipt``, ``guard_events`` and ``verdicts``. With ``n`` > 1 the pieces
+        of the responses alternate; ``index`` tells them apart.
 
         The call starts with the first ``next``. Closing the iterator cancels it and frees the server's slot.
         """
         message = request_to_proto(_request(prompt, options), generation_pb2.GenerateStreamRequest)
         return self._pieces(message, options.get("timeout"))
+
+    def score(
+        self, text: str, concepts: Sequence[str] = (), return_tokens: bool = False, timeout: float | None = None
+    ) -> dict[str, ConceptScore]:
+        """How much a text shows each of ``concepts``, or of all that are loaded, by name.
+
+        Args:
+            return_tokens: with the score at every token, not the largest alone.
+        """
+        message = score_pb2.ScoreRequest(text=text, concepts=concepts, return_tokens=return_tokens)
+        with _typed_errors():
+            return scores_from_proto(self._stub.Score(message, timeout=timeout))
 
     def get_model_info(self) -> generation_pb2.GetModelInfoResponse:
         """The model and what requests can name: sites, SAEs, concepts, policies."""
@@ -210,6 +294,13 @@ def _completion(output: StepOutput) -> Completion:
     assert output.finish_reason is not None, "a response is finished"
     assert output.receipt is not None, "a finished response has a receipt"
     return Completion(**{field.name: getattr(output, field.name) for field in fields(Completion)})
+
+
+def _read(path: str | None) -> bytes | None:
+    try:
+        return None if path is None else Path(path).read_bytes()
+    except OSError as error:
+        raise AssetError(f"{path}: {error.strerror}") from error
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from steerserve.types import Receipt, StepOutput
+from steerserve.types import ConceptScore, GuardEvent, Receipt, StepOutput, Verdict, VerdictKind, overall_verdict
 
 _COLD, _HOT = (40, 40, 60), (220, 60, 30)
 
@@ -56,10 +56,38 @@ def response_view(pieces: Sequence[StepOutput], activations: bool) -> Group:
     if any(piece.logprobs for piece in pieces):
         parts.append(_logprob_table(pieces))
     parts += [
-        Text(f"guard {event.guard}: {event.action} at position {event.position}, score {event.score:.2f}", "yellow")
+        Text(f"{_guard_name(event)}: {event.action} at position {event.position}, score {event.score:.2f}", "yellow")
         for event in last.guard_events
     ]
-    return Group(*parts, receipt_view(last.receipt))
+    return Group(*parts, receipt_view(last.receipt), verdict_view(last.verdicts))
+
+
+def verdict_view(verdicts: Sequence[Verdict]) -> Text:
+    """The gravest verdict, then each with who came to it; positions are with the guards."""
+    overall = overall_verdict(verdicts)
+    view = Text(f"verdict: {overall.upper()}", "dim" if overall is VerdictKind.ALLOW else "bold yellow")
+    for verdict in verdicts:
+        view.append(f"\n  {verdict.source}: {verdict.kind.upper()}", "default")
+        view.append(f" {verdict.rule}" if verdict.rule else "", "dim")
+        view.append(f" at {len(verdict.positions)} tokens" if verdict.positions else "", "dim")
+    return view
+
+
+def score_view(text: str, scores: Iterable[ConceptScore]) -> Group:
+    """The text once per concept, each token above the threshold on a background: the largest score's is the hottest."""
+    parts: list[RenderableType] = []
+    for score in scores:
+        largest = score.largest
+        said = "no token" if largest is None else f"{largest.score:.2f}, threshold {score.threshold:.2f}"
+        flagged = ("FLAGGED", "bold yellow") if score.flagged else ("", "dim")
+        parts.append(Text.assemble((f"{score.concept}: {said} ", "dim"), flagged))
+        above = [TokenScore(text[token.start : token.end], token.score - score.threshold) for token in score.tokens]
+        parts.append(heat_strip(above, peak(above)))
+    return Group(*parts)
+
+
+def _guard_name(event: GuardEvent) -> str:
+    return f"guard {event.guard}" if event.source == "request" else f"{event.source}, rule {event.label}"
 
 
 def _logprob_table(pieces: Sequence[StepOutput]) -> Table:
@@ -90,14 +118,16 @@ def receipt_view(receipt: Receipt) -> RenderableType:
     verdict = "steered" if receipt.steered else "not steered"
     plan = f"plan {receipt.plan_hash[:12]} · " if receipt.plan_hash else ""
     rewinds = f"rewinds: {receipt.num_rewinds}, {receipt.num_rewound_tokens} tokens · " if receipt.num_rewinds else ""
-    summary = Text(f"receipt: {verdict} · {rewinds}{plan}model {receipt.model_fingerprint[:12]}", "dim")
+    redacted = f"redacted: {receipt.num_redacted_tokens} tokens · " if receipt.num_redacted_tokens else ""
+    summary = Text(f"receipt: {verdict} · {rewinds}{redacted}{plan}model {receipt.model_fingerprint[:12]}", "dim")
     if not receipt.interventions:
         return summary
     table = Table("intervention", box=box.SIMPLE)
     for heading in ("in scope", "covered", "edited", "|Δx|/|x|", "max score"):
         table.add_column(heading, justify="right", no_wrap=True)
     for entry in receipt.interventions:
-        name = Text.assemble(entry.label, (f"\n{entry.source} at {entry.site}", "dim"))
+        overridden = f"\noverridden by {', '.join(entry.overridden_by)}" if entry.overridden_by else ""
+        name = Text.assemble(entry.label, (f"\n{entry.source} at {entry.site}", "dim"), (overridden, "yellow"))
         counts = (entry.tokens_in_scope, entry.tokens_covered, entry.tokens_edited)
         table.add_row(name, *map(str, counts), f"{entry.mean_relative_edit:.3f}", f"{entry.max_activation:.2f}")
     return Group(table, summary)

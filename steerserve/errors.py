@@ -6,12 +6,15 @@
     ├── CapacityError            no room now, try again                 RESOURCE_EXHAUSTED
     ├── DetectorError            a guard could not read its activation  INTERNAL
     ├── ServiceError             the server cannot answer, or not be reached  its own code
+    ├── PolicyError              policy or access files are wrong; nothing changes  FAILED_PRECONDITION
     └── AssetError               a model, SAE or pack file is missing or damaged
 
 The status names are what the gRPC server answers. `assert` is for our own bugs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class SteerserveError(Exception):
@@ -68,6 +71,18 @@ class ServiceError(SteerserveError):
     def __init__(self, code: str, message: str) -> None:
         self.code = code
         super().__init__(message)
+
+
+class PolicyError(SteerserveError):
+    """Policy files, or the access file, are wrong; what is in force stays so.
+
+    Args:
+        problems: one for each thing that is wrong: file, line, field, and what would be valid.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(problems))
 
 
 class AssetError(SteerserveError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -188,9 +188,16 @@ class GuardAction(StrEnum):
     """A ``GuardEvent`` says so; the response goes on."""
     REWIND = "rewind"
     """The last tokens are taken back and generated again under stronger edits."""
+    REDACT = "redact"
+    """The word that the token belongs to is not shown; the response goes on."""
     BLOCK = "block"
     """The response ends; what was not yet released never is."""
 
+
+REDACTED_TEXT = "█"
+"""Stands for each word that a guard redacted."""
+REDACTED_TOKEN_ID = 2**32 - 1
+"""Stands for each of its tokens; no model has such a token."""
 
 MAX_REWIND_TOKENS = 64
 MAX_REWIND_RETRIES = 4
@@ -207,7 +214,8 @@ class Rewind:
             of the response. Their values are multiplied by the number of the retry; an edit of a feature takes the
             place of the request's own.
         max_retries: how often in one response.
-        otherwise: what follows when the guard fires once more, or in the prompt; not ``REWIND``.
+        otherwise: what follows when the guard fires once more, or in the prompt; not ``REWIND``. Nothing of the prompt
+            is redacted: there a ``REDACT`` flags.
     """
 
     num_tokens: int
@@ -221,7 +229,7 @@ class Rewind:
         expected = f"an integer from 1 to {MAX_REWIND_RETRIES}"
         _require(1 <= self.max_retries <= MAX_REWIND_RETRIES, "rewind.max_retries", self.max_retries, expected)
         valid = self.otherwise is not GuardAction.REWIND
-        _require(valid, "rewind.otherwise", str(self.otherwise), "flag or block")
+        _require(valid, "rewind.otherwise", str(self.otherwise), "flag, redact or block")
 
 
 @dataclass(frozen=True)
@@ -405,6 +413,8 @@ class InterventionReceipt:
         mean_relative_edit: mean of |x' − x| / |x| over the edited positions, before rounding to the model's
             dtype; 0 if none.
         max_activation: largest score read in scope.
+        overridden_by: sources of the policies that edit the same concept or features behind this edit of the request:
+            what they decide is what the model computes on with.
     """
 
     source: str
@@ -415,6 +425,7 @@ class InterventionReceipt:
     tokens_edited: int
     mean_relative_edit: float
     max_activation: float
+    overridden_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -430,6 +441,7 @@ class Receipt:
         num_rewinds, num_rewound_tokens: how often guards took tokens back, and how many; the counts of the
             interventions include what ran on these.
         num_cached_tokens: prompt positions taken from the prefix cache; the counts include what ran on them then.
+        num_redacted_tokens: tokens that the client got ``REDACTED_TOKEN_ID`` for.
     """
 
     plan_hash: str
@@ -441,6 +453,7 @@ class Receipt:
     num_rewinds: int = 0
     num_rewound_tokens: int = 0
     num_cached_tokens: int = 0
+    num_redacted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -448,16 +461,63 @@ class GuardEvent:
     """A guard that fired, or could not read.
 
     Attributes:
-        guard: its place in ``SteeringSpec.guards``.
-        action: what followed; a rewind that was not possible is ``flag`` or ``block`` as the guard says.
+        guard: its place in ``SteeringSpec.guards``, or that of the rule in its policy.
+        action: what followed; a rewind that was not possible is what the guard says instead.
         position: the token it fired on, counted from the first prompt token.
         score: not finite where the guard could not read and failed open.
+        source: whose it is: ``request`` or ``policy:<name>@<version>``.
+        label: the guard in words, or the name of the policy's rule.
     """
 
     guard: int
     action: GuardAction
     position: int
     score: float
+    source: str = "request"
+    label: str = ""
+
+
+class VerdictKind(StrEnum):
+    """What was decided about a response; members stand in the order of their weight."""
+
+    ALLOW = "allow"
+    """A policy ran on every token in its scope, and changed nothing."""
+    MODIFIED = "modified"
+    """A policy ran on every token in its scope, and edited some."""
+    FLAGGED = "flagged"
+    """A guard fired; the response went on."""
+    REWOUND = "rewound"
+    """A guard took tokens back."""
+    REDACTED = "redacted"
+    """A guard kept words from the client."""
+    UNPROVEN = "unproven"
+    """The counters do not prove that it ran on every token in its scope, or it had none."""
+    BLOCKED = "blocked"
+    """A guard ended the response."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one policy, or one guard of the request itself, decided about a response.
+
+    Attributes:
+        source: ``request`` or ``policy:<name>@<version>``.
+        rule: the rule, guard or edit in words; empty for a policy as a whole.
+        positions: the tokens it is about, counted from the first prompt token; empty for edits.
+        scores: one for each position, against ``threshold``.
+    """
+
+    kind: VerdictKind
+    source: str
+    rule: str = ""
+    positions: tuple[int, ...] = ()
+    scores: tuple[float, ...] = ()
+    threshold: float | None = None
+
+
+def overall_verdict(verdicts: Iterable[Verdict]) -> VerdictKind:
+    """The gravest; ``ALLOW`` if there are none: nothing was to judge the response."""
+    return max((verdict.kind for verdict in verdicts), key=list(VerdictKind).index, default=VerdictKind.ALLOW)
 
 
 @dataclass(frozen=True)
@@ -479,13 +539,46 @@ class TokenLogprobs:
 
     Attributes:
         logprob: the generated token's.
-        rank: 1 plus the number of tokens that were more likely than it.
+        rank: 1 plus the number of tokens that were more likely than it; 0 if it was redacted, with nothing else told.
         top: the most likely tokens and their log-probabilities, descending.
     """
 
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """The score at one token, the characters ``[start, end)`` of the text."""
+
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class ConceptScore:
+    """How much one text shows one concept.
+
+    Attributes:
+        threshold: the card's.
+        tokens: every token, in order.
+    """
+
+    concept: str
+    threshold: float
+    tokens: tuple[ScoredToken, ...]
+
+    @property
+    def largest(self) -> ScoredToken | None:
+        """The token with the largest score; None for a text without tokens."""
+        return max(self.tokens, key=lambda token: token.score, default=None)
+
+    @property
+    def flagged(self) -> bool:
+        """The largest score exceeds the threshold."""
+        return self.largest is not None and self.largest.score > self.threshold
 
 
 StopReason = str | int
@@ -499,7 +592,8 @@ class StepOutput:
     Attributes:
         text: what became final; it can lag behind the tokens, as a character can span tokens, and what
             may become a stop string is held back.
-        logprobs: one entry for each of ``token_ids``, if the request asked for them.
+        token_ids: ``REDACTED_TOKEN_ID`` for each token of a word that was redacted.
+        logprobs: one entry for each of ``token_ids``, if the request asked for them; a redacted one has rank 0.
         stop_reason: what ended the response; None unless a stop string or a token of ``stop_token_ids`` did.
     """
 
@@ -514,6 +608,8 @@ class StepOutput:
     receipt: Receipt | None = None
     guard_events: tuple[GuardEvent, ...] = ()
     """All of the response's, in its last output."""
+    verdicts: tuple[Verdict, ...] = ()
+    """On the whole response, in its last output; ``overall_verdict`` sums them up."""
     index: int = 0
     """Which of the request's ``sampling.n`` responses."""
     error: Exception | None = field(default=None, compare=False)

@@ -14,13 +14,15 @@ PACKAGE = Path(steerserve.__file__).parent
 ROOTS = {"__init__", "__main__", "cli"}
 """Modules that put the layers together; they may import any of them."""
 
-PLAIN = {"types", "errors", "config"}
+PLAIN = {"types", "errors", "config", "strict_yaml"}
 """Plain data; everyone may import it."""
 
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "types": {"errors"},
     "config": {"errors"},
+    "settings": {"config", "errors"},
+    "strict_yaml": {"errors"},
     "kernels": PLAIN,
     "sae": PLAIN | {"kernels"},
     "models": PLAIN | {"sae", "kernels"},
@@ -34,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "demo": PLAIN | {"client", "display", "lab", "models"},
 }
 
-CIRCUIT_COMMANDS = ("discover", "features", "geometry", "lens", "options", "pairs", "patch", "probe")
+CIRCUIT_COMMANDS = ("discover", "features", "geometry", "lens", "options", "pairs", "patch", "probe", "roles")
 
 EXCEPTIONS: dict[str, set[str]] = {
     # A card must measure the path that serves.

@@ -11,6 +11,7 @@ from steerserve.circuits.commands.lens import lens_command
 from steerserve.circuits.commands.pairs import pairs_command
 from steerserve.circuits.commands.patch import patch_command
 from steerserve.circuits.commands.probe import probe_command
+from steerserve.circuits.commands.roles import roles_command
 
 app = typer.Typer(
     help="Patch, probe and read a model's activations on prompts in pairs.", no_args_is_help=True, add_completion=False
@@ -21,6 +22,7 @@ app.command("lens")(lens_command)
 app.command("probe")(probe_command)
 app.command("geometry")(geometry_command)
 app.command("features")(features_command)
+app.command("roles")(roles_command)
 
 discover_app = typer.Typer(add_completion=False)
 discover_app.command()(discover_command)

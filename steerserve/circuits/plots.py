@@ -29,6 +29,24 @@ def heat_map(values: Sequence[Sequence[float]], columns: Sequence[str], title: s
     return figure
 
 
+def heat_maps(panels: Mapping[str, Sequence[Sequence[float]]], xlabel: str, title: str) -> Figure:
+    """Panels side by side, by name; one row a layer, the last one on top; all of them share colours from 0 to 1."""
+    from matplotlib.figure import Figure
+
+    num_layers, num_columns = len(next(iter(panels.values()))), len(next(iter(panels.values()))[0])
+    size = (1.4 + (0.9 + 0.16 * num_columns) * len(panels), 1.6 + 0.16 * num_layers)
+    figure = Figure(figsize=size, layout="constrained")
+    row: Sequence[Axes] = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(row, panels.items(), strict=True):
+        image = axes.imshow(values, cmap="magma_r", vmin=0, vmax=1, aspect="auto", origin="lower")
+        axes.set_title(name, fontsize=9)
+        axes.set(xlabel=xlabel)
+    row[0].set(ylabel="layer")
+    figure.colorbar(image, ax=list(row))
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def curves(panels: Mapping[str, Mapping[str, Sequence[float]]], labels: Sequence[str], title: str) -> Figure:
     """Panels side by side, by the label of their y axis; of each, curves by name, one value a label."""
     from matplotlib.figure import Figure

@@ -23,7 +23,7 @@ from steerserve.engine.detokenizer import Detokenizer
 from steerserve.engine.entries import PlanEntries, most_entries
 from steerserve.engine.feature_bank import FeatureBank
 from steerserve.engine.flat_batch import FlatBatch
-from steerserve.engine.guards import Judgement
+from steerserve.engine.guards import Judgement, unproven
 from steerserve.engine.prompts import encode_prompt
 from steerserve.engine.readings import Readings
 from steerserve.engine.runner import SCORES_PER_TOKEN, ModelRunner
@@ -31,18 +31,25 @@ from steerserve.engine.sampler import check_token_ids, next_tokens
 from steerserve.engine.scheduler import Chunk, Scheduler
 from steerserve.engine.sequence import Sequence
 from steerserve.engine.step_tables import StepTables
+from steerserve.engine.verdicts import verdicts_of
 from steerserve.errors import (
     CapacityError,
     IncompatibleError,
     InvalidRequestError,
+    PolicyError,
     ServiceError,
     SteerserveError,
 )
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.compiler import compile_plan
+from steerserve.steering.compiler import compile_plan, find_policies
+from steerserve.steering.limits import check_limits
 from steerserve.steering.plan import Plan
-from steerserve.types import FinishReason, GenerateRequest, GuardAction, Site, StepOutput
+from steerserve.steering.policies import Policy
+from steerserve.steering.policy_set import PolicyChanges, PolicySet
+from steerserve.types import FinishReason, GenerateRequest, GuardAction, Site, SteeringSpec, StepOutput
+
+NO_ROOM = "room for the features of all policies, which no request may take: {}"
 
 MAX_SCORES = 2**24
 """That one request may have reported, at 4 bytes each."""
@@ -55,6 +62,7 @@ class Engine:
 
     Attributes:
         sites: those that can be steered.
+        num_preemptions: how often a running response lost its place.
     """
 
     def __init__(
@@ -82,6 +90,12 @@ class Engine:
             max_model_len=config.max_model_len,
             prefix_caching=config.enable_prefix_caching,
         )
+        plans = [self._policy_plan(policy) for policy in catalog.policies.values()]
+        try:
+            self._bank.pin([plan for plan in plans if plan is not None])
+        except (CapacityError, InvalidRequestError) as error:
+            raise IncompatibleError("engine.bank_capacity", config.bank_capacity, NO_ROOM.format(error)) from error
+        self.num_preemptions = 0
         self._num_arrivals = 0
         self._lock = threading.Lock()  # guards the three below and the bank's bookkeeping
         self._incoming: deque[Sequence] = deque()
@@ -102,7 +116,9 @@ class Engine:
         """
         prompt = encode_prompt(request, self.model, self.config.max_model_len)
         check_token_ids(request.sampling, self.model.vocab_size)
-        plan = compile_plan(request.steering, request.policies, self.catalog, self.sites)
+        catalog = self.catalog  # the one in force now: what is compiled against it stays
+        check_limits(request, find_policies(request.policies, catalog))
+        plan = compile_plan(request.steering, request.policies, catalog, self.sites)
         if len(plan.scores) > SCORES_PER_TOKEN:
             expected = f"at most {SCORES_PER_TOKEN} gates and guards, equal gates counted once"
             raise InvalidRequestError("steering.guards", f"{len(plan.scores)} gates and guards", expected)
@@ -126,6 +142,29 @@ class Engine:
             raise
         with self._lock:
             self._incoming.append(sequence)
+
+    def replace_policies(self, policies: PolicySet) -> PolicyChanges:
+        """Put a set of policies in force, for requests that are added from now on; may be called from any thread.
+
+        Raises:
+            PolicyError: one of them changed without a new version, or can not be served here.
+            CapacityError: requests hold too many features of the bank.
+            Nothing changes after either.
+        """
+        catalog = replace(self.catalog, policy_files=policies.policies)
+        plans = {policy.name: self._policy_plan(policy, catalog) for policy in catalog.policies.values()}
+        unfit = [policy.tag for name, policy in policies.policies.items() if plans[name] is None]
+        if unfit:
+            sites = ", ".join(map(str, sorted(self.sites)))
+            raise PolicyError([f"{tag}: acts at sites that are not steered, expected {sites}" for tag in unfit])
+        with self._lock:
+            changes = policies.changes_since(PolicySet(self.catalog.policy_files))
+            try:
+                self._bank.pin([plan for plan in plans.values() if plan is not None])
+            except InvalidRequestError as error:
+                raise PolicyError([f"all policies together: {error}"]) from error
+            self.catalog = catalog
+        return changes
 
     def abort(self, request_id: str) -> None:
         """End a request at the next step, which returns its last outputs; unknown ids are ignored."""
@@ -153,6 +192,12 @@ class Engine:
         return len(self._incoming) + len(self._scheduler.waiting)
 
     @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV cache that requests hold; what is only kept for others to find does not count."""
+        pool = self._scheduler.pool
+        return 1 - pool.num_free / len(pool.blocks)
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes that were allocated for weights, KV cache and plans.
 
@@ -169,6 +214,7 @@ class Engine:
         """One model step; at most one output for each response, the last of which ends it."""
         outputs = self._end_early()
         schedule = self._scheduler.schedule()
+        self.num_preemptions += len(schedule.preempted)
         for sequence in schedule.preempted:
             sequence.num_blocks_placed = sequence.num_blocks_cached = 0
         for sequence, cached in schedule.admitted:
@@ -179,6 +225,15 @@ class Engine:
         return outputs
 
     # Admission.
+
+    def _policy_plan(self, policy: Policy, catalog: Catalog | None = None) -> Plan | None:
+        """What a policy alone comes to; None if its sites are not steered."""
+        try:
+            plan = compile_plan(SteeringSpec(), (policy.tag,), catalog or self.catalog, self.sites)
+            self._scheduler.check_entries(most_entries(plan))
+        except IncompatibleError:
+            return None
+        return plan
 
     def _sequence(
         self,
@@ -345,6 +400,10 @@ class Engine:
             self._readings.close_log()
         self._cache_blocks(sequence)
         is_complete = error is None and reason is sequence.finish_reason
+        if is_complete:
+            error = unproven(sequence.plan, sequence.receipt(self.model.fingerprint))
+            if error is not None:
+                reason, is_complete = None, False
         released = self._released(sequence) if is_complete else []
         self._scheduler.remove(sequence)
         with self._lock:
@@ -353,6 +412,7 @@ class Engine:
                 del self._unfinished[sequence.request_id]
                 self._aborted.discard(sequence.request_id)
                 self._bank.release(sequence.plan)
+        receipt = sequence.receipt(self.model.fingerprint)
         last = released[0] if released else StepOutput(sequence.request_id, (), "", index=sequence.index)
         return [
             replace(
@@ -361,8 +421,9 @@ class Engine:
                 finish_reason=reason,
                 stop_reason=sequence.stop_reason if is_complete else None,
                 num_prompt_tokens=sequence.num_prompt_tokens,
-                receipt=sequence.receipt(self.model.fingerprint),
+                receipt=receipt,
                 guard_events=tuple(sequence.guard_events),
+                verdicts=verdicts_of(receipt, sequence.guard_events, sequence.plan.thresholds),
                 error=error,
             ),
             *(output for sibling in siblings for output in self._end(sibling, reason, error)),

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from steerserve.engine.receipt import Account, Share
-from steerserve.kernels.steer_delta import OpCode
 from steerserve.steering.plan import ByteArray, IntArray, Plan, Segments, SitePlan, Stage
 from steerserve.types import FloatArray, Phase, Site
 
@@ -27,7 +26,7 @@ class RowEntries:
         score_index: ``[m]`` index into the token's own scores; −1 for none.
         stage_sizes: ``[stages]`` entries of each stage.
         segments: where each intervention's entries are, with their stage.
-        must_read: ``[j]`` entries of policies and of guards that are not to fail open: they must not fail to read.
+        must_read: ``[j]`` entries of policies and guards that are not to fail open: they must not fail to read.
         guard_limit: largest |x| on which all of these are defined, if the request edits too; else infinite.
     """
 
@@ -90,13 +89,18 @@ class PlanEntries:
     def __init__(self, plan: Plan, slots: Sequence[Sequence[IntArray]]) -> None:
         self.plan = plan
         self._slots = slots
-        self._made: dict[tuple[int, Phase], Entries] = {}
+        self._made: dict[tuple[int, Phase, bool], Entries] = {}
 
-    def in_force(self, level: int, phase: Phase) -> Entries:
-        """What a position of ``phase`` (``PROMPT`` or ``GENERATED``) asks for after ``level`` rewinds."""
-        if (level, phase) not in self._made:
-            self._made[level, phase] = entries_in_force(self.plan, level, phase, self._slots[level])
-        return self._made[level, phase]
+    def in_force(self, level: int, phase: Phase, at_start: bool = False) -> Entries:
+        """What a position of ``phase`` (``PROMPT`` or ``GENERATED``) asks for after ``level`` rewinds.
+
+        Args:
+            at_start: the first position of all, see ``Plan.covers``.
+        """
+        key = level, phase, at_start
+        if key not in self._made:
+            self._made[key] = entries_in_force(self.plan, level, phase, self._slots[level], at_start)
+        return self._made[key]
 
     @property
     def record_bytes(self) -> int:
@@ -114,31 +118,32 @@ def most_entries(plan: Plan) -> int:
     return max(counts.values(), default=0)
 
 
-def entries_in_force(plan: Plan, level: int, phase: Phase, slots: Sequence[IntArray]) -> Entries:
+def entries_in_force(
+    plan: Plan, level: int, phase: Phase, slots: Sequence[IntArray], at_start: bool = False
+) -> Entries:
     """The entries at positions of ``phase`` (``PROMPT`` or ``GENERATED``) after ``level`` rewinds.
 
     Args:
         slots: for each ``SitePlan`` of the level, the bank slots of its rows.
+        at_start: the first position of all, see ``Plan.covers``.
     """
-    covers = np.array([planned.phase in (Phase.ALL, phase) for planned in plan.interventions], dtype=bool)
+    covers = plan.covers(phase, at_start)
     parts: dict[Site, list[tuple[SitePlan, IntArray]]] = {}
     for part, part_slots in zip(plan.levels[level], slots, strict=True):
         if covers[part.intervention].any():
             parts.setdefault(part.site, []).append((_restricted(part, covers), part_slots))
-    request_edits = any(
-        part.stage is Stage.REQUEST and (part.op != OpCode.MONITOR).any() for part in plan.levels[level]
-    )
-    fail_closed = [guard.score for guard in plan.guards if not guard.fail_open]
+    request_edits = plan.request_edits(level)
+    fail_open = np.array([planned.fail_open for planned in plan.interventions], dtype=bool)
     reads = any(covers[score.intervention] for score in plan.scores)
     return Entries(
-        at={site: _row_entries(at_site, request_edits, fail_closed) for site, at_site in parts.items()},
+        at={site: _row_entries(at_site, request_edits, fail_open) for site, at_site in parts.items()},
         threshold=np.array([score.threshold for score in plan.scores if reads], dtype=np.float32),
         guards=tuple(
             (index, guard.score)
             for index, guard in enumerate(plan.guards)
             if covers[plan.scores[guard.score].intervention]
         ),
-        digest=plan.effective_digest(level, phase) or NOTHING,
+        digest=plan.effective_digest(level, phase, at_start) or NOTHING,
     )
 
 
@@ -166,16 +171,16 @@ def _restricted(part: SitePlan, covers: npt.NDArray[np.bool_]) -> SitePlan:
 
 
 def _row_entries(
-    at_site: Sequence[tuple[SitePlan, IntArray]], request_edits: bool, fail_closed: Sequence[int]
+    at_site: Sequence[tuple[SitePlan, IntArray]], request_edits: bool, fail_open: npt.NDArray[np.bool_]
 ) -> RowEntries:
-    """The entries at one site; ``fail_closed`` are the scores of guards that end the request if they cannot read."""
+    """The entries at one site; ``fail_open`` ``[interventions]`` those that may fail."""
     ordered = sorted(at_site, key=lambda item: item[0].stage)
     sizes = {part.stage: len(part.row) for part, _ in ordered}
     starts = np.cumsum([0, *sizes.values()], dtype=np.int32)[:-1]
     op, score_index = (np.concatenate([getattr(part, name) for part, _ in ordered]) for name in ("op", "score_index"))
     is_policy = np.repeat([part.stage is Stage.POLICY for part, _ in ordered], list(sizes.values()))
-    is_passed_over = (op == OpCode.MONITOR) & (score_index >= 0) & ~np.isin(score_index, fail_closed)
-    must_read = np.flatnonzero(is_policy & ~is_passed_over).astype(np.int32)
+    may_fail = np.concatenate([fail_open[part.intervention] for part, _ in ordered])
+    must_read = np.flatnonzero(is_policy & ~may_fail).astype(np.int32)
     max_norm = np.concatenate([part.rows.max_norm[part.row] for part, _ in ordered])
     return RowEntries(
         slot=np.concatenate([slots[part.row] for part, slots in ordered]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -29,13 +30,34 @@ class FeatureBank:
     """Buffers of ``capacity`` feature rows a site, allocated when the site is first used.
 
     A slot is written only while no plan holds it, so the kernel may read the others meanwhile.
-    Callers serialise ``acquire`` and ``release``.
+    Callers serialise ``acquire``, ``release`` and ``pin``.
     """
 
     def __init__(self, capacity: int, d_model: int) -> None:
         self._capacity = capacity
         self._d_model = d_model
         self._sites: dict[Site, _SiteRows] = {}
+        self._pinned: list[Plan] = []
+
+    def pin(self, plans: Sequence[Plan]) -> None:
+        """Hold the features of ``plans`` whatever requests come, instead of those that were pinned before.
+
+        Raises:
+            CapacityError: requests hold the slots that are missing. Nothing changes then.
+            InvalidRequestError: there are fewer slots than features. Nothing changes then.
+        """
+        held: list[Plan] = []
+        try:
+            for plan in plans:
+                self.acquire(plan)
+                held.append(plan)
+        except (InvalidRequestError, CapacityError):
+            for plan in held:
+                self.release(plan)
+            raise
+        for plan in self._pinned:
+            self.release(plan)
+        self._pinned = held
 
     def acquire(self, plan: Plan) -> list[list[IntArray]]:
         """Hold every feature of a plan: for each level and each ``SitePlan`` of it, the slots ``[k]`` of its rows.
@@ -76,8 +98,9 @@ class FeatureBank:
 
     @property
     def num_held(self) -> int:
-        """Slots in use over all sites."""
-        return sum(len(rows.slot) for rows in self._sites.values())
+        """Slots that requests use, over all sites; those that are merely pinned left out."""
+        pins = Counter((part.site, key) for plan in self._pinned for part in _parts(plan) for key in part.rows.keys)
+        return sum(count > pins[site, key] for site, rows in self._sites.items() for key, count in rows.holders.items())
 
     def _hold(self, site: Site, features: FeatureRows, distinct: int) -> IntArray:
         if distinct > self._capacity:

@@ -1,4 +1,4 @@
-"""What follows from the scores that a request's guards read."""
+"""What follows from the scores that guards and policies read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from steerserve.engine.entries import Entries
 from steerserve.engine.sequence import Sequence
 from steerserve.errors import DetectorError
-from steerserve.steering.plan import PlannedGuard
-from steerserve.types import FloatArray, GuardAction, GuardEvent
+from steerserve.steering.edits import REQUEST
+from steerserve.steering.plan import Plan, PlannedGuard, Stage
+from steerserve.types import FloatArray, GuardAction, GuardEvent, Receipt
 
 UNREADABLE = "could not read its activation: not finite, or pushed beyond its SAE's norm by the request"
 
@@ -54,9 +55,25 @@ def judge(sequence: Sequence, entries: Entries, start: int, score: FloatArray) -
 
 def detector_failed(sequence: Sequence, position: int) -> Judgement:
     """A policy of the response, or a guard that must not fail, could not read its activation."""
-    detectors = [*sequence.plan.policies, *(guard.label for guard in sequence.plan.guards if not guard.fail_open)]
+    own = (guard.label for guard in sequence.plan.guards if guard.source == REQUEST and not guard.fail_open)
+    detectors = [*sequence.plan.policies, *own]
     error = DetectorError(f"one of these {UNREADABLE}: {', '.join(detectors)}")
     return Judgement(error, position=position)
+
+
+def unproven(plan: Plan, receipt: Receipt) -> DetectorError | None:
+    """Why a response that is complete must not end as one: the counters do not prove what must not fail open.
+
+    Each pass has looked for what did not run already; this is the second look, at the sums that the client gets.
+    """
+    missing = [
+        f"{planned.source}: {planned.label}"
+        for planned, entry in zip(plan.interventions, receipt.interventions, strict=True)
+        if planned.stage is Stage.POLICY and not planned.fail_open and entry.tokens_covered < entry.tokens_in_scope
+    ]
+    if not missing:
+        return None
+    return DetectorError(f"not proven to have run on every token in scope: {', '.join(missing)}")
 
 
 def _decide(sequence: Sequence, position: int, fired: Mapping[int, float]) -> Judgement | None:
@@ -70,7 +87,10 @@ def _decide(sequence: Sequence, position: int, fired: Mapping[int, float]) -> Ju
     blocks = GuardAction.BLOCK in actions.values()
     for index, action in actions.items():
         taken = GuardAction.BLOCK if blocks and action is GuardAction.REWIND else action
-        sequence.guard_events.append(GuardEvent(index, taken, position, fired[index]))
+        guard = guards[index]
+        sequence.guard_events.append(GuardEvent(guard.place, taken, position, fired[index], guard.source, guard.label))
+    if GuardAction.REDACT in actions.values():
+        sequence.redacted.add(position)
     if blocks:
         return Judgement(action=GuardAction.BLOCK, position=position)
     for index, action in actions.items():
@@ -83,9 +103,9 @@ def _decide(sequence: Sequence, position: int, fired: Mapping[int, float]) -> Ju
 def _action(sequence: Sequence, guard: PlannedGuard, position: int, score: float) -> GuardAction:
     if not np.isfinite(score):
         return GuardAction.FLAG
-    if guard.rewind is None:
-        return guard.action
-    # A token that was released, or the prompt, can not be taken back.
-    has_retries = sequence.num_rewinds < guard.rewind.max_retries
-    can_rewind = has_retries and sequence.held and position >= sequence.num_prompt_tokens
-    return GuardAction.REWIND if can_rewind else guard.rewind.otherwise
+    action, in_prompt = guard.action, position < sequence.num_prompt_tokens
+    if guard.rewind is not None:
+        # A token that was released, or the prompt, can not be taken back.
+        has_retries = sequence.num_rewinds < guard.rewind.max_retries
+        action = action if has_retries and sequence.held and not in_prompt else guard.rewind.otherwise
+    return GuardAction.FLAG if action is GuardAction.REDACT and in_prompt else action

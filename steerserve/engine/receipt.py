@@ -72,8 +72,10 @@ class Tally:
             policies=plan.policies,
             packs=dict(plan.packs),
             interventions=tuple(
-                InterventionReceipt(planned.source, planned.label, planned.site, *numbers)
-                for planned, *numbers in lines
+                InterventionReceipt(
+                    planned.source, planned.label, planned.site, scope, ran, moved, mean, peak, planned.overridden_by
+                )
+                for planned, scope, ran, moved, mean, peak in lines
             ),
             steered=bool(plan.interventions) and bool((idle | ((in_scope > 0) & (covered == in_scope))).all()),
             num_rewinds=num_rewinds,

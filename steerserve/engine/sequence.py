@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from steerserve.engine.blocks import Block, PrefixKeys
@@ -13,8 +14,10 @@ from steerserve.engine.detokenizer import Detokenizer, StopStrings
 from steerserve.engine.entries import Entries, PlanEntries, most_entries
 from steerserve.engine.receipt import Tally
 from steerserve.engine.records import Record, joined
+from steerserve.engine.redaction import Redactor, WaitingToken
 from steerserve.engine.sampler import DrawnToken, RowSampler
 from steerserve.types import (
+    REDACTED_TOKEN_ID,
     FinishReason,
     FloatArray,
     GenerateRequest,
@@ -38,6 +41,8 @@ class HeldToken:
     text: str
     logprobs: tuple[TokenLogprobs, ...]
     text_state: tuple[Any, Any] | None
+    own_text: str = ""
+    """What the token itself adds; ``text`` may be another part, as stop strings are held back."""
 
 
 class Sequence:
@@ -52,6 +57,7 @@ class Sequence:
         num_blocks_cached: of its blocks, those that were offered to the prefix cache or taken from it.
         entries_per_token: most steering entries that one of its tokens ever needs at one site.
         held: tokens that are not released, the last ones of ``token_ids``.
+        redacted: positions whose tokens the client must not see.
         finish_reason, stop_reason: why the response ends with its last token, once it does.
         num_to_launch: the request's other responses, which begin when its prompt is computed.
         is_cacheable: its blocks may be offered to the prefix cache and taken from it.
@@ -94,6 +100,9 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: StopReason | None = None
         self.guard_events: list[GuardEvent] = []
+        self.redacted: set[int] = set()
+        self.num_redacted_tokens = 0
+        self._redactor = Redactor() if entries.plan.redacts else None
         self.num_rewinds = self.num_rewound_tokens = 0
         self._spans: list[tuple[int, Entries]] = []
         self._digests: list[tuple[int, bytes]] = []
@@ -198,20 +207,39 @@ class Sequence:
         self.sampler.count(token_id)
         self._end_at_token(token_id, eos_token_ids)
         hidden = self.finish_reason is FinishReason.STOP and not self.request.sampling.include_stop_str_in_output
-        text = "" if hidden else self.stop_strings.push(self.detokenizer.push(token_id))
+        own_text = "" if hidden else self.detokenizer.push(token_id)
+        text = self.stop_strings.push(own_text)
         if self.finish_reason is not None:
-            text += self._rest_of_text()
+            rest = self.detokenizer.finish()
+            own_text += rest
+            text += self.stop_strings.push(rest) + self.stop_strings.finish()
         if self.stop_strings.matched is not None:
             self.finish_reason, self.stop_reason = FinishReason.STOP, self.stop_strings.matched
-        self.held.append(HeldToken(token_id, text, drawn.logprobs, state))
+        self.held.append(HeldToken(token_id, text, drawn.logprobs, state, own_text))
 
     def release(self) -> list[HeldToken]:
         """The tokens that can no longer be taken back, oldest first."""
-        if self.is_complete or not self.plan.hold_back:
-            released, self.held = list(self.held), deque()
-            return released
-        num_held = max(self.num_tokens + self.plan.hold_back - self.num_computed - 1, 0)
-        return [self.held.popleft() for _ in range(len(self.held) - num_held)]
+        num_settled = len(self.held)
+        if self.plan.hold_back and not self.is_complete:
+            num_settled -= max(self.num_tokens + self.plan.hold_back - self.num_computed - 1, 0)
+        if self._redactor is not None:
+            return self._release_redacted(self._redactor, max(num_settled, 0))
+        return [self.held.popleft() for _ in range(num_settled)]
+
+    def _release_redacted(self, redactor: Redactor, num_settled: int) -> list[HeldToken]:
+        """Those of the ``num_settled`` that can not be taken back whose words are closed."""
+        first = self.num_tokens - len(self.held)
+        settled = [
+            WaitingToken(token.own_text, len(token.text), position in self.redacted)
+            for position, token in enumerate(itertools.islice(self.held, num_settled), start=first)
+        ]
+        shown = redactor.release(settled, num_settled if self.is_complete else redactor.num_closed(settled))
+        self.num_redacted_tokens += sum(token.is_withheld for token in shown)
+        released = [self.held.popleft() for _ in shown]
+        return [
+            _withheld(token, text) if is_withheld else replace(token, text=text)
+            for token, (text, is_withheld) in zip(released, shown, strict=True)
+        ]
 
     def rewind(self, num_tokens: int) -> None:
         """Take the response back to ``num_tokens`` in all; the position before is to be computed again."""
@@ -224,6 +252,7 @@ class Sequence:
         self.detokenizer.restore(text_state)
         self.stop_strings.restore(stop_state)
         self.finish_reason = self.stop_reason = None
+        self.redacted = {position for position in self.redacted if position < num_tokens}
         self.num_rewinds += 1
         self.num_rewound_tokens += len(taken)
         self.num_read = num_tokens - 1
@@ -261,7 +290,10 @@ class Sequence:
 
     def receipt(self, model_fingerprint: str) -> Receipt:
         """The proof so far."""
-        return self.tally.receipt(model_fingerprint, self.num_rewinds, self.num_rewound_tokens, self.num_cached_tokens)
+        receipt = self.tally.receipt(
+            model_fingerprint, self.num_rewinds, self.num_rewound_tokens, self.num_cached_tokens
+        )
+        return replace(receipt, num_redacted_tokens=self.num_redacted_tokens)
 
     def _rest_of_text(self) -> str:
         """What is left when no token follows: text held back, and bytes that make no character as U+FFFD."""
@@ -271,7 +303,9 @@ class Sequence:
         """What is in force from ``start`` on, at the level of the rewinds so far."""
         level = self.num_rewinds
         prompt, generated = (self.entries.in_force(level, phase) for phase in (Phase.PROMPT, Phase.GENERATED))
-        spans = [(start, prompt)] if start < self.num_prompt_tokens else []
+        spans = [(0, self.entries.in_force(level, Phase.PROMPT, at_start=True))] if start == 0 else []
+        if max(start, 1) < self.num_prompt_tokens:
+            spans.append((max(start, 1), prompt))
         for begin, entries in [*spans, (max(start, self.num_prompt_tokens), generated)]:
             # Cut only where the digest changes: requests that share a block must cut its records alike.
             if not self._spans or self._spans[-1][1].digest != entries.digest:
@@ -286,3 +320,9 @@ class Sequence:
             self.finish_reason, self.stop_reason = FinishReason.STOP, token_id
         elif self.num_generated_tokens >= sampling.max_tokens:
             self.finish_reason = FinishReason.LENGTH
+
+
+def _withheld(token: HeldToken, text: str) -> HeldToken:
+    """A token of a redacted word, as its client gets it."""
+    told_nothing = tuple(TokenLogprobs(0.0, 0, ()) for _ in token.logprobs)
+    return replace(token, token_id=REDACTED_TOKEN_ID, text=text, logprobs=told_nothing)

@@ -20,13 +20,17 @@ from steerserve.types import (
     StepOutput,
     StopReason,
     TokenLogprobs,
+    Verdict,
+    VerdictKind,
+    overall_verdict,
 )
-from steerserve.v1 import generation_pb2, receipt_pb2
+from steerserve.v1 import generation_pb2, receipt_pb2, verdict_pb2
 
 if TYPE_CHECKING:  # torch: a client needs none
     from steerserve.engine.engine import Engine
 
 _FINISH_REASONS = {generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in FinishReason}
+_VERDICT_KINDS = {verdict_pb2.VerdictKind.Value(f"VERDICT_KIND_{kind.name}"): kind for kind in VerdictKind}
 
 
 def response_to_proto(outputs: Sequence[StepOutput]) -> generation_pb2.GenerateResponse:
@@ -76,6 +80,7 @@ def receipt_to_proto(receipt: Receipt) -> receipt_pb2.Receipt:
         num_rewinds=receipt.num_rewinds,
         num_rewound_tokens=receipt.num_rewound_tokens,
         num_cached_tokens=receipt.num_cached_tokens,
+        num_redacted_tokens=receipt.num_redacted_tokens,
         interventions=[
             receipt_pb2.InterventionReceipt(**(vars(entry) | {"site": str(entry.site)}))
             for entry in receipt.interventions
@@ -94,6 +99,7 @@ def receipt_from_proto(message: receipt_pb2.Receipt) -> Receipt:
         num_rewinds=message.num_rewinds,
         num_rewound_tokens=message.num_rewound_tokens,
         num_cached_tokens=message.num_cached_tokens,
+        num_redacted_tokens=message.num_redacted_tokens,
         interventions=tuple(
             InterventionReceipt(
                 source=entry.source,
@@ -104,6 +110,7 @@ def receipt_from_proto(message: receipt_pb2.Receipt) -> Receipt:
                 tokens_edited=entry.tokens_edited,
                 mean_relative_edit=entry.mean_relative_edit,
                 max_activation=entry.max_activation,
+                overridden_by=tuple(entry.overridden_by),
             )
             for entry in message.interventions
         ),
@@ -136,7 +143,7 @@ def model_info_to_proto(engine: Engine) -> generation_pb2.GetModelInfoResponse:
             )
             for pack in catalog.packs.values()
         ],
-        policies=[pack.tag for pack in catalog.packs.values()],
+        policies=[policy.tag for policy in catalog.policies.values()],
     )
 
 
@@ -173,9 +180,12 @@ def _output_from_proto(
         num_prompt_tokens=finish.num_prompt_tokens,
         receipt=receipt_from_proto(finish.receipt) if finish.HasField("receipt") else None,
         guard_events=tuple(
-            GuardEvent(event.guard, GUARD_ACTIONS[event.action], event.position, event.score)
+            GuardEvent(
+                event.guard, GUARD_ACTIONS[event.action], event.position, event.score, event.source, event.label
+            )
             for event in finish.guard_events
         ),
+        verdicts=tuple(_verdict_from_proto(verdict) for verdict in finish.verdicts),
     )
 
 
@@ -192,9 +202,13 @@ def _finish_to_proto(output: StepOutput, num_generated_tokens: int) -> generatio
                 action=guard_action_to_proto(event.action),
                 position=event.position,
                 score=event.score,
+                source=event.source,
+                label=event.label,
             )
             for event in output.guard_events
         ],
+        verdict=_verdict_kind_to_proto(overall_verdict(output.verdicts)),
+        verdicts=[_verdict_to_proto(verdict) for verdict in output.verdicts],
     )
     match output.stop_reason:
         case str(stop_string):
@@ -202,6 +216,25 @@ def _finish_to_proto(output: StepOutput, num_generated_tokens: int) -> generatio
         case int(token_id):
             message.stop_token_id = token_id
     return message
+
+
+def _verdict_to_proto(verdict: Verdict) -> verdict_pb2.Verdict:
+    return verdict_pb2.Verdict(**(vars(verdict) | {"kind": _verdict_kind_to_proto(verdict.kind)}))
+
+
+def _verdict_kind_to_proto(kind: VerdictKind) -> verdict_pb2.VerdictKind.ValueType:
+    return verdict_pb2.VerdictKind.Value(f"VERDICT_KIND_{kind.name}")
+
+
+def _verdict_from_proto(message: verdict_pb2.Verdict) -> Verdict:
+    return Verdict(
+        kind=_VERDICT_KINDS[message.kind],
+        source=message.source,
+        rule=message.rule,
+        positions=tuple(message.positions),
+        scores=tuple(message.scores),
+        threshold=message.threshold if message.HasField("threshold") else None,
+    )
 
 
 def _stop_reason_from_proto(message: generation_pb2.FinishInfo) -> StopReason | None:

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -47,6 +48,7 @@ class EngineLoop:
         self._admitted: dict[str, int] = {}  # what the engine holds: the responses of each that have not ended
         self._work = threading.Event()
         self._stopping = False
+        self._step_began: float | None = None
         self._event_loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -102,6 +104,11 @@ class EngineLoop:
         await asyncio.to_thread(self._thread.join)
         self._admission.shutdown(wait=False)
 
+    def seconds_in_step(self) -> float:
+        """How long the step that runs has been running; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
     def _admit(self, request: GenerateRequest) -> None:
         with self._admitting:
             self._admitted[request.request_id] = request.sampling.n  # before it can end
@@ -130,6 +137,7 @@ class EngineLoop:
                 self._work.wait()
                 self._work.clear()
                 continue
+            self._step_began = time.monotonic()
             try:
                 outputs = self.engine.step()
             except Exception:
@@ -138,6 +146,7 @@ class EngineLoop:
             else:
                 self._event_loop.call_soon_threadsafe(self._deliver, outputs)
                 self._forget_ended(outputs)
+            self._step_began = None
 
     def _forget_ended(self, outputs: Iterable[StepOutput]) -> None:
         for output in outputs:

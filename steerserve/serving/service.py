@@ -6,6 +6,7 @@ its own statuses. Nothing that decides about a request may live in one of them, 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -45,12 +46,16 @@ class Exchange:
 
     Attributes:
         request: as admitted: with the policies that the caller must have; as asked if it was refused.
+        is_reading: the text of the prompt is to be read, the one token behind it is nobody's: no policy edits it.
+        number: counted from 1 since the process began.
         started_ns: UNIX time.
     """
 
     request: GenerateRequest
     caller: Caller
     interface: Interface
+    is_reading: bool = False
+    number: int = field(default_factory=itertools.count(1).__next__)
     started_ns: int = field(default_factory=time.time_ns)
     started: float = field(default_factory=time.monotonic)
 
@@ -68,13 +73,13 @@ class Observer(Protocol):
         """Once for every exchange, refused ones included; ``error`` is what ended it early, if something did."""
 
 
-Admission = Callable[[Caller, GenerateRequest], GenerateRequest]
+Admission = Callable[[Exchange], GenerateRequest]
 """What a caller may ask: the request with what the caller must have, or an error."""
 
 
-def admit_all(caller: Caller, request: GenerateRequest) -> GenerateRequest:
+def admit_all(exchange: Exchange) -> GenerateRequest:
     """Anyone may ask anything."""
-    return request
+    return exchange.request
 
 
 class Service:
@@ -89,7 +94,7 @@ class Service:
 
     @asynccontextmanager
     async def generate(
-        self, request: GenerateRequest, caller: Caller, interface: Interface
+        self, request: GenerateRequest, caller: Caller, interface: Interface, is_reading: bool = False
     ) -> AsyncIterator[AsyncIterator[StepOutput]]:
         """Admit ``request`` and yield its outputs; leaving the context early aborts it and frees its slot.
 
@@ -97,10 +102,10 @@ class Service:
             InvalidRequestError, IncompatibleError, CapacityError: the request is refused.
             ServiceError: the caller may not ask this, or the server is draining or out of order.
         """
-        exchange = Exchange(request, caller, interface)
+        exchange = Exchange(request, caller, interface, is_reading)
         error: BaseException | None = None
         try:
-            exchange = replace(exchange, request=self._admission(caller, request))
+            exchange = replace(exchange, request=self._admission(exchange))
             async with self.engine_loop.open(exchange.request) as outputs:
                 for observer in self._observers:
                     await observer.admitted(exchange)

@@ -4,6 +4,7 @@ InvalidRequestError    INVALID_ARGUMENT     BadRequest, ErrorInfo
 IncompatibleError      FAILED_PRECONDITION  BadRequest, ErrorInfo
 CapacityError          RESOURCE_EXHAUSTED   RetryInfo, ErrorInfo
 ServiceError           its own code         ErrorInfo
+PolicyError            FAILED_PRECONDITION  ErrorInfo
 every other one        INTERNAL             ErrorInfo
 """
 
@@ -11,12 +12,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message as ProtoMessage
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from grpc.aio import ServicerContext
 from grpc_status import rpc_status
 
 from steerserve.errors import (
@@ -24,6 +27,7 @@ from steerserve.errors import (
     FieldError,
     IncompatibleError,
     InvalidRequestError,
+    PolicyError,
     ServiceError,
     SteerserveError,
 )
@@ -56,11 +60,20 @@ def status_of(error: Exception, locate: Callable[[str], str]) -> status_pb2.Stat
             return _status(code_pb2.RESOURCE_EXHAUSTED, str(error), "CAPACITY", {}, retry)
         case ServiceError():
             return _status(code_pb2.Code.Value(error.code), str(error), "SERVICE", {})
+        case PolicyError():
+            return _status(code_pb2.FAILED_PRECONDITION, str(error), "POLICY", {})
         case SteerserveError():
             return _status(code_pb2.INTERNAL, str(error), type(error).__name__.removesuffix("Error").upper(), {})
         case _:
             _log.error("a request ended with an unexpected exception", exc_info=error)
             return _status(code_pb2.INTERNAL, "internal error; the server's log has the details", "INTERNAL", {})
+
+
+async def end_call(context: ServicerContext[object, object], status: status_pb2.Status) -> NoReturn:
+    """End a call with ``status``."""
+    rich = rpc_status.to_status(status)
+    await context.abort(rich.code, rich.details, rich.trailing_metadata)
+    raise AssertionError("abort raises")
 
 
 def error_of(call: grpc.Call) -> SteerserveError:

@@ -15,7 +15,7 @@ A guard, which reads its target and acts when the score exceeds the number:
 
     TARGET>NUMBER=ACTION[@PHASE]
 
-    ACTION  flag | block | rewind:TOKENS[*RETRIES]
+    ACTION  flag | redact | block | rewind:TOKENS[*RETRIES]
 
     behind a rewind: `` with INTERVENTION[; INTERVENTION]...[ else ACTION]``
 
@@ -50,7 +50,7 @@ from steerserve.types import (
 
 GRAMMAR = "TARGET=OP[:VALUE][@PHASE][ if TARGET>NUMBER]"
 GUARD_GRAMMAR = (
-    "TARGET>NUMBER=ACTION[@PHASE] with ACTION flag, block or rewind:TOKENS[*RETRIES]; a rewind goes on with "
+    "TARGET>NUMBER=ACTION[@PHASE] with ACTION flag, redact, block or rewind:TOKENS[*RETRIES]; a rewind goes on with "
     "' with INTERVENTION[; INTERVENTION]...[ else flag]'"
 )
 

@@ -1,6 +1,7 @@
-"""The SAEs and concept packs that are loaded for one model, found by name.
+"""The SAEs, concept packs and policies that are loaded for one model, found by name.
 
-Until policies have files of their own, a policy is a pack's calibrated action, named after the pack.
+A catalog never changes: whoever replaces the policies makes another one, and what was compiled against the old one
+stays as it is.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as data_field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,6 +19,7 @@ from steerserve.sae.model import SAE
 from steerserve.sae.registry import load_sae
 from steerserve.steering.pack_files import load_pack
 from steerserve.steering.packs import ConceptPack, ModelFacts
+from steerserve.steering.policies import Policy, policy_of
 from steerserve.types import Site
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -26,11 +30,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
-    """What a steering spec may name."""
+    """What a request may name.
+
+    Attributes:
+        policy_files: the policies that were read from files, by name; every pack is one besides.
+    """
 
     model: ModelFacts
     saes: Mapping[str, SAE]
     packs: Mapping[str, ConceptPack]
+    policy_files: Mapping[str, Policy] = data_field(default_factory=dict)
 
     @classmethod
     def load(cls, model: ModelFacts, packs: Sequence[str] = (), saes: Sequence[str] = ()) -> Catalog:
@@ -75,19 +84,25 @@ class Catalog:
         """
         return _find(self.packs, name, field, "concept")
 
-    def policy(self, name: str, field: str) -> ConceptPack:
-        """The pack behind a policy given as ``name`` or ``name@version``.
+    @cached_property
+    def policies(self) -> Mapping[str, Policy]:
+        """By name: a policy for each pack, its calibrated action, and those of files."""
+        return {name: policy_of(pack) for name, pack in self.packs.items()} | dict(self.policy_files)
+
+    def policy(self, name: str, field: str) -> Policy:
+        """A policy given as ``name`` or ``name@version``.
 
         Raises:
             InvalidRequestError: no such policy, or another version of it is loaded.
         """
         bare, _, version = name.partition("@")
-        if bare not in self.packs:
-            raise InvalidRequestError(field, name, _choices(name, [pack.tag for pack in self.packs.values()], "policy"))
-        pack = self.packs[bare]
-        if "@" in name and version != pack.card.version:
-            raise InvalidRequestError(field, name, f"the loaded version, {pack.tag}")
-        return pack
+        if bare not in self.policies:
+            tags = [policy.tag for policy in self.policies.values()]
+            raise InvalidRequestError(field, name, _choices(name, tags, "policy"))
+        policy = self.policies[bare]
+        if "@" in name and version != policy.version:
+            raise InvalidRequestError(field, name, f"the loaded version, {policy.tag}")
+        return policy
 
     def check_site(self, site: Site, field: str) -> None:
         """Refuse a site that the model does not have.

@@ -12,18 +12,17 @@ import numpy as np
 
 from steerserve.errors import InvalidRequestError
 from steerserve.kernels.steer_delta import OpCode
+from steerserve.steering.bound_policies import bind_policy, enlarged, without_repeats
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.edits import (
     Detector,
     DetectorKey,
     Edit,
+    Watch,
     compile_guard,
     compile_intervention,
-    compile_policy,
-    compile_rewind,
     monitor_of,
 )
-from steerserve.steering.packs import ConceptPack
 from steerserve.steering.plan import (
     ByteArray,
     Plan,
@@ -35,14 +34,18 @@ from steerserve.steering.plan import (
     Stage,
     plan_hash,
 )
+from steerserve.steering.policies import Policy
 from steerserve.steering.refusals import (
+    overriding,
     refuse_double_edits,
     refuse_edits_behind_policies,
+    refuse_foreign_rewinds,
     refuse_large_plan,
     refuse_other_sites,
+    refuse_second_rewind,
 )
 from steerserve.steering.targets import Identity, gather_rows
-from steerserve.types import FloatArray, Guard, Op, Site, SteeringSpec
+from steerserve.types import FloatArray, Op, Site, SteeringSpec
 
 OP_CODES = {
     Op.CLAMP: OpCode.CLAMP,
@@ -66,7 +69,7 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog, 
 
     Raises:
         InvalidRequestError: unknown names, bad values, a feature edited twice in one stage, a gate behind its edit,
-            an edit behind a policy, a second guard that rewinds, or too many features.
+            an edit behind a policy, a second guard or rule that rewinds, or too many features.
         IncompatibleError: a site or a vector that does not fit the model, or a site that can not be steered.
     """
     asked = [
@@ -74,50 +77,53 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog, 
         for index, intervention in enumerate(spec.interventions)
         for edit in compile_intervention(intervention, f"steering.interventions[{index}]", catalog)
     ]
-    guards = [compile_guard(guard, f"steering.guards[{index}]", catalog) for index, guard in enumerate(spec.guards)]
-    rewound, max_retries = _compile_rewind(spec.guards, catalog)
-    packs = _find_policies(policies, catalog)
-    bound = [edit for index, pack in enumerate(packs) for edit in compile_policy(pack, f"policies[{index}]")]
-    for together in (asked, rewound, bound):
+    guards = [compile_guard(guard, i, f"steering.guards[{i}]", catalog) for i, guard in enumerate(spec.guards)]
+    named = find_policies(policies, catalog)
+    bound = [bind_policy(policy, catalog.packs, f"policies[{index}]") for index, policy in enumerate(named)]
+    rules = [watch for policy in bound for watch in policy.watches]
+    enforced = without_repeats(edit for policy in bound for edit in policy.edits)
+    rewinding = refuse_second_rewind([*rules, *guards])
+    rewound = () if rewinding is None else rewinding.rewound
+    own_rewound = [edit for edit in rewound if edit.stage is Stage.REQUEST]
+    for together in (asked, own_rewound, enforced):
         refuse_double_edits(together)
-    refuse_edits_behind_policies([*asked, *rewound], bound)
-    gates = _gates([*asked, *rewound])
-    monitors = [replace(monitor, score=index) for index, monitor in enumerate([*gates.values(), *guards])]
-    kept = [*_gated(asked, gates), *monitors]
-    edits = [*kept, *_gated(rewound, gates), *bound]
+    refuse_foreign_rewinds(rewound, enforced)
+    refuse_edits_behind_policies([*asked, *own_rewound], [*enforced, *(rule.monitor for rule in rules)])
+    gates = _gates([*asked, *own_rewound])
+    watches = [*guards, *rules]
+    scored = (*gates.values(), *(watch.monitor for watch in watches))
+    monitors = [replace(monitor, score=index) for index, monitor in enumerate(scored)]
+    num_own = len(gates) + len(guards)
+    front = [*_gated(asked, gates), *monitors[:num_own], *_gated(own_rewound, gates)]
+    edits = [*front, *enforced, *monitors[num_own:], *(edit for edit in rewound if edit.stage is Stage.POLICY)]
     refuse_other_sites(edits, sites)
     refuse_large_plan(edits)
+    last = len(front) if own_rewound else len(edits)
     plan = Plan(
-        interventions=tuple(_planned(edit) for edit in edits),
-        levels=_levels(edits, range(len(kept), len(kept) + len(rewound)), max_retries),
+        interventions=tuple(_planned(edit, enforced) for edit in edits),
+        levels=_levels(edits, range(last - len(rewound), last), rewinding),
         scores=tuple(_planned_scores(edits)),
-        guards=tuple(_planned_guards(spec.guards, monitors[len(gates) :])),
-        policies=tuple(pack.tag for pack in packs),
+        guards=tuple(_planned_guards(watches, monitors[len(gates) :])),
+        policies=tuple(policy.tag for policy in named),
         packs={pack.tag: pack.sha256 for edit in edits if (pack := edit.target.pack) is not None},
         hash="",
     )
     return replace(plan, hash=plan_hash(plan)) if edits else plan
 
 
-def _compile_rewind(guards: Sequence[Guard], catalog: Catalog) -> tuple[list[Edit], int]:
-    """The edits of the one guard that may rewind, as the first retry has them, and how many retries there are."""
-    rewinds = [(f"steering.guards[{i}].rewind", guard.rewind) for i, guard in enumerate(guards) if guard.rewind]
-    if len(rewinds) > 1:
-        raise InvalidRequestError(rewinds[1][0], "a second rewind", f"none: a request has one, here {rewinds[0][0]}")
-    if not rewinds:
-        return [], 0
-    path, rewind = rewinds[0]
-    return compile_rewind(rewind, path, catalog), rewind.max_retries
+def find_policies(names: Sequence[str], catalog: Catalog) -> list[Policy]:
+    """The policies that a request names.
 
-
-def _find_policies(names: Sequence[str], catalog: Catalog) -> list[ConceptPack]:
-    packs: list[ConceptPack] = []
+    Raises:
+        InvalidRequestError: one that is not loaded, or named twice.
+    """
+    policies: list[Policy] = []
     for index, name in enumerate(names):
-        pack = catalog.policy(name, f"policies[{index}]")
-        if pack in packs:
-            raise InvalidRequestError(f"policies[{index}]", name, f"each policy once: {pack.tag} is already named")
-        packs.append(pack)
-    return packs
+        policy = catalog.policy(name, f"policies[{index}]")
+        if policy in policies:
+            raise InvalidRequestError(f"policies[{index}]", name, f"each policy once: {policy.tag} is already named")
+        policies.append(policy)
+    return policies
 
 
 def _gates(edits: Iterable[Edit]) -> dict[DetectorKey, Edit]:
@@ -148,39 +154,60 @@ def _planned_scores(edits: Iterable[Edit]) -> Iterator[PlannedScore]:
             yield PlannedScore(index, edit.detector.threshold, edit.phase)
 
 
-def _planned_guards(guards: Sequence[Guard], monitors: Sequence[Edit]) -> Iterator[PlannedGuard]:
-    for guard, monitor in zip(guards, monitors, strict=True):
-        yield PlannedGuard(monitor.score, monitor.label, guard.action, guard.rewind, guard.fail_open)
+def _planned_guards(watches: Sequence[Watch], monitors: Sequence[Edit]) -> Iterator[PlannedGuard]:
+    for watch, monitor in zip(watches, monitors, strict=True):
+        yield PlannedGuard(
+            monitor.score, monitor.source, watch.place, watch.label, watch.action, watch.rewind, monitor.fail_open
+        )
 
 
-def _planned(edit: Edit) -> PlannedIntervention:
-    return PlannedIntervention(edit.source, edit.label, edit.target.site, edit.stage, edit.phase)
+def _planned(edit: Edit, enforced: Sequence[Edit]) -> PlannedIntervention:
+    return PlannedIntervention(
+        edit.source,
+        edit.label,
+        edit.target.site,
+        edit.stage,
+        edit.phase,
+        edit.op is not Op.MONITOR,
+        edit.fail_open,
+        overriding(edit, enforced),
+    )
 
 
-def _levels(edits: Sequence[Edit], rewound: range, max_retries: int) -> tuple[tuple[SitePlan, ...], ...]:
+def _levels(edits: Sequence[Edit], rewound: range, rewinding: Watch | None) -> tuple[tuple[SitePlan, ...], ...]:
     """The site plans of every level; a site's plan that several levels share is one object.
 
     Args:
         rewound: which of the edits belong to the rewind. They follow all others of their stage.
+        rewinding: whose rewind it is.
     """
     base = [(index, edit) for index, edit in enumerate(edits) if index not in rewound]
     places = [_by_place(base)]
-    if max_retries:
-        replaced = {(edits[i].target.site, identity) for i in rewound for identity in edits[i].target.identities}
+    retries = range(1, rewinding.rewind.max_retries + 1 if rewinding and rewinding.rewind else 1)
+    if retries:
+        replaced = {
+            (edits[i].stage, edits[i].target.site, identity) for i in rewound for identity in edits[i].target.identities
+        }
         left = [(index, rest) for index, edit in base if (rest := _without(edit, replaced)) is not None]
-        places.append(_by_place([*left, *((i, edits[i]) for i in rewound)]))
+    for retry in retries:
+        places.append(_by_place([*left, *((i, _grown(edits[i], retry)) for i in rewound)]))
     distinct = {members: place for level in places for place, members in level.items()}
     built = {members: _site_plan(place, members) for members, place in distinct.items()}
     levels = [tuple(built[members] for members in level.values()) for level in places]
-    further = range(2, max_retries + 1)
-    return (*levels, *(tuple(_escalated(part, rewound, retry) for part in levels[-1]) for retry in further))
+    scaled = [i for i in rewound if not edits[i].grows]
+    return (*levels[:2], *(tuple(_escalated(p, scaled, r + 2) for p in level) for r, level in enumerate(levels[2:])))
 
 
-def _without(edit: Edit, replaced: Set[tuple[Site, Identity]]) -> Edit | None:
-    """A request's edit without the features that the edits of a rewind replace; None if nothing is left of it."""
+def _grown(edit: Edit, retry: int) -> Edit:
+    """The edit of the ``retry``-th retry, if it is one that grows; ``_escalated`` scales the operands of the others."""
+    return enlarged(edit, 1 + retry) if edit.grows else edit
+
+
+def _without(edit: Edit, replaced: Set[tuple[Stage, Site, Identity]]) -> Edit | None:
+    """An edit without the features that the edits of a rewind replace; None if nothing is left of it."""
     target = edit.target
-    kept = [i for i, identity in enumerate(target.identities) if (target.site, identity) not in replaced]
-    if edit.stage is Stage.POLICY or edit.op is Op.MONITOR or len(kept) == len(target.identities):
+    kept = [i for i, identity in enumerate(target.identities) if (edit.stage, target.site, identity) not in replaced]
+    if edit.op is Op.MONITOR or len(kept) == len(target.identities):
         return edit
     if not kept:
         return None
@@ -194,9 +221,9 @@ def _without(edit: Edit, replaced: Set[tuple[Site, Identity]]) -> Edit | None:
     return replace(edit, target=rest, value=[edit.value[i] for i in kept])
 
 
-def _escalated(part: SitePlan, rewound: range, retry: int) -> SitePlan:
-    """What the first retry does, with the operands of the ``retry``-th."""
-    factor = np.where(np.isin(part.intervention, rewound), np.float32(retry), np.float32(1.0))
+def _escalated(part: SitePlan, scaled: Sequence[int], retry: int) -> SitePlan:
+    """What the first retry does, with the operands that the ``retry``-th gives the ``scaled`` interventions."""
+    factor = np.where(np.isin(part.intervention, scaled), np.float32(retry), np.float32(1.0))
     value = part.value * factor
     return part if np.array_equal(value, part.value) else replace(part, value=value)
 

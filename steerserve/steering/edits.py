@@ -1,4 +1,4 @@
-"""One intervention, gate, guard or policy on its own: checked, its target resolved, its operands worked out.
+"""One intervention, gate or guard of a request on its own: checked, its target resolved, its operands worked out.
 
 Whatever is wrong with it is refused under the path of its field. What several of them may not do
 together is the compiler's business.
@@ -13,10 +13,9 @@ import numpy as np
 
 from steerserve.errors import InvalidRequestError
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import ConceptPack
 from steerserve.steering.plan import FeatureKey, Stage
-from steerserve.steering.targets import ResolvedTarget, detector_rows, edited_rows, resolve_edited, resolve_read
-from steerserve.types import DirectionTarget, Gate, Guard, Intervention, Op, Phase, Rewind, Site, Unit
+from steerserve.steering.targets import ResolvedTarget, resolve_edited, resolve_read
+from steerserve.types import DirectionTarget, Gate, Guard, GuardAction, Intervention, Op, Phase, Rewind, Site, Unit
 
 TAKES_VALUE = frozenset({Op.CLAMP, Op.CLIP, Op.SCALE, Op.ADD})
 TAKES_MAX_ACTIVATION = frozenset({Op.CLAMP, Op.CLIP, Op.ADD})
@@ -52,6 +51,8 @@ class Edit:
         value: ``[k]`` operands in activation units; of a monitor that feeds a score, the features' weights in it.
         detector: what a monitor feeds, or what gates an edit.
         score: index of the detector's score; −1 without one, or as long as the compiler has not numbered them.
+        fail_open: the response goes on where this could not be read or edited; only of guards and policies.
+        grows: of a rewind, the r-th retry makes the edit 1 + r times as large, instead of its operands r times.
     """
 
     field: str
@@ -65,6 +66,26 @@ class Edit:
     value: Sequence[float]
     detector: Detector | None = None
     score: int = -1
+    fail_open: bool = False
+    grows: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """A guard of the request, or a rule of a policy that acts on a score.
+
+    Attributes:
+        monitor: what feeds the score.
+        place: its index among the request's guards, or the policy's rules.
+        rewound: the edits of its rewind, if it has one, as the first retry has them.
+    """
+
+    monitor: Edit
+    place: int
+    label: str
+    action: GuardAction
+    rewind: Rewind | None = None
+    rewound: tuple[Edit, ...] = ()
 
 
 def compile_intervention(intervention: Intervention, path: str, catalog: Catalog, max_retries: int = 1) -> list[Edit]:
@@ -74,7 +95,7 @@ def compile_intervention(intervention: Intervention, path: str, catalog: Catalog
         InvalidRequestError: unknown names or bad values.
         IncompatibleError: a site or a vector that does not fit the model.
     """
-    _check_op(intervention, path)
+    check_op(intervention, path)
     if intervention.op is Op.MONITOR:
         targets: Sequence[ResolvedTarget] = [resolve_read(intervention.target, f"{path}.target", catalog)]
     else:
@@ -83,11 +104,11 @@ def compile_intervention(intervention: Intervention, path: str, catalog: Catalog
 
 
 def _edit_at(intervention: Intervention, target: ResolvedTarget, path: str, catalog: Catalog, max_retries: int) -> Edit:
-    values = _values(intervention, target, path, max_retries)
+    values = operands(intervention, target, path, max_retries)
     return Edit(
         field=path,
         source=REQUEST,
-        label=_label(target, intervention.op, intervention.always, values),
+        label=edit_label(target, intervention.op, intervention.always, values),
         stage=Stage.REQUEST,
         phase=intervention.phase,
         target=target,
@@ -98,38 +119,17 @@ def _edit_at(intervention: Intervention, target: ResolvedTarget, path: str, cata
     )
 
 
-def compile_policy(pack: ConceptPack, path: str) -> list[Edit]:
-    """A pack's calibrated action, an edit for each site."""
-    if pack.card.policy.op is Op.MONITOR:
-        return [_policy_edit(pack, detector_rows(pack), path)]
-    return [_policy_edit(pack, target, path) for target in edited_rows(pack)]
-
-
-def _policy_edit(pack: ConceptPack, target: ResolvedTarget, path: str) -> Edit:
-    action = pack.card.policy
-    recorded = pack.at(target.site).value[target.features]
-    values = recorded.tolist() if action.op in TAKES_VALUE else [0.0] * len(target.keys)
-    return Edit(
-        field=path,
-        source=f"policy:{pack.tag}",
-        label=_label(target, action.op, action.always, values),
-        stage=Stage.POLICY,
-        phase=action.phase,
-        target=target,
-        op=action.op,
-        always=action.always,
-        value=values,
-    )
-
-
-def compile_guard(guard: Guard, path: str, catalog: Catalog) -> Edit:
-    """The monitor that feeds a guard's score.
+def compile_guard(guard: Guard, place: int, path: str, catalog: Catalog) -> Watch:
+    """A guard of the request, the ``place``-th.
 
     Raises:
-        InvalidRequestError: unknown names or a bad threshold.
+        InvalidRequestError: unknown names, a bad threshold, or a bad rewind.
         IncompatibleError: a site or a vector that does not fit the model.
     """
-    return monitor_of(_compile_detector(guard, guard.phase, path, catalog), path, Stage.POLICY, "guard")
+    monitor = monitor_of(_compile_detector(guard, guard.phase, path, catalog), path, Stage.POLICY, "guard")
+    rewound = () if guard.rewind is None else compile_rewind(guard.rewind, f"{path}.rewind", catalog)
+    monitor = replace(monitor, fail_open=guard.fail_open)
+    return Watch(monitor, place, monitor.label, guard.action, guard.rewind, tuple(rewound))
 
 
 def monitor_of(detector: Detector, path: str, stage: Stage, purpose: str) -> Edit:
@@ -191,7 +191,12 @@ def _compile_detector(condition: Gate | Guard, phase: Phase, path: str, catalog:
     return Detector(target, float(np.float32(condition.threshold)), phase)
 
 
-def _check_op(intervention: Intervention, path: str) -> None:
+def check_op(intervention: Intervention, path: str) -> None:
+    """Refuse an operation whose terms do not fit it.
+
+    Raises:
+        InvalidRequestError: names the term.
+    """
     op = intervention.op
     if op is Op.CLAMP and isinstance(intervention.target, DirectionTarget):
         raise InvalidRequestError(f"{path}.op", str(op), "add, clip, block, scale or monitor: a direction has no clamp")
@@ -206,8 +211,12 @@ def _check_op(intervention: Intervention, path: str) -> None:
         raise InvalidRequestError(f"{path}.value", intervention.value, f"no value: {op} takes none")
 
 
-def _values(intervention: Intervention, target: ResolvedTarget, path: str, max_retries: int) -> list[float]:
-    """The operand of each feature, in activation units and rounded to float32; zeros where the op takes none."""
+def operands(intervention: Intervention, target: ResolvedTarget, path: str, max_retries: int) -> list[float]:
+    """The operand of each feature, in activation units and rounded to float32; zeros where the op takes none.
+
+    Raises:
+        InvalidRequestError: float32 cannot hold one, or ``max_retries`` times one, or the unit is not on record.
+    """
     unit: Sequence[float] = (1.0,) * len(target.keys)
     if intervention.unit is Unit.MAX_ACTIVATION:
         if target.max_activation is None:
@@ -225,6 +234,7 @@ def _values(intervention: Intervention, target: ResolvedTarget, path: str, max_r
     return rounded
 
 
-def _label(target: ResolvedTarget, op: Op, always: bool, values: Sequence[float]) -> str:
+def edit_label(target: ResolvedTarget, op: Op, always: bool, values: Sequence[float]) -> str:
+    """The edit in words."""
     operand = f" {values[0]:g}" if op in TAKES_VALUE and len(set(values)) == 1 else ""
     return f"{target.label}: {op}{' always' if always else ''}{operand}"

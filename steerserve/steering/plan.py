@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -113,13 +114,22 @@ class SitePlan:
 
 @dataclass(frozen=True, eq=False)
 class PlannedIntervention:
-    """One intervention of the plan, as the receipt names it; what a gate or a guard reads is one too."""
+    """One intervention of the plan, as the receipt names it; what a gate or a guard reads is one too.
+
+    Attributes:
+        edits: it is no reading.
+        fail_open: the response goes on where it could not run.
+        overridden_by: sources of the policies that edit the same behind it.
+    """
 
     source: str
     label: str
     site: Site
     stage: Stage
     phase: Phase
+    edits: bool = True
+    fail_open: bool = False
+    overridden_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -137,9 +147,16 @@ class PlannedScore:
 
 @dataclass(frozen=True)
 class PlannedGuard:
-    """A guard of the request; ``score`` is an index into ``Plan.scores``."""
+    """A guard of the request, or a rule of a policy that acts on a score.
+
+    Attributes:
+        score: an index into ``Plan.scores``.
+        place: its index among the request's guards, or the policy's rules.
+    """
 
     score: int
+    source: str
+    place: int
     label: str
     action: GuardAction
     rewind: Rewind | None
@@ -152,7 +169,7 @@ class Plan:
 
     Attributes:
         interventions: the request's in their order, then what its gates and guards read and the edits of its
-            rewinds, then the policies'.
+            rewinds, then the policies' edits, what these read, and the edits of their rewinds.
         levels: what to do at each site; ``levels[r]`` is in force from the position of the r-th rewind on.
             All levels have the same gates and guards.
         hash: SHA-256 of everything above the wire's names; empty for the empty plan.
@@ -165,7 +182,7 @@ class Plan:
     policies: tuple[str, ...]
     packs: dict[str, str]
     hash: str
-    _effective_digests: dict[tuple[int, Phase], bytes] = field(default_factory=dict, init=False, repr=False)
+    _effective_digests: dict[tuple[int, Phase, bool], bytes] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def sites(self) -> tuple[SitePlan, ...]:
@@ -173,11 +190,62 @@ class Plan:
         return self.levels[0]
 
     @property
+    def thresholds(self) -> dict[tuple[str, int], float]:
+        """Of each guard, by ``GuardEvent.source`` and ``GuardEvent.guard``."""
+        return {(guard.source, guard.place): self.scores[guard.score].threshold for guard in self.guards}
+
+    @property
     def hold_back(self) -> int:
         """Positions that must have been read, its own included, before a token may be released; 0 without guards."""
         return max((guard.rewind.num_tokens if guard.rewind else 1 for guard in self.guards), default=0)
 
-    def effective_digest(self, level: int, phase: Phase) -> bytes:
+    @property
+    def redacts(self) -> bool:
+        """Some word of the response may be kept from the client."""
+        return any(
+            guard.action is GuardAction.REDACT
+            or (guard.rewind is not None and guard.rewind.otherwise is GuardAction.REDACT)
+            for guard in self.guards
+        )
+
+    def request_edits(self, level: int) -> bool:
+        """The request edits what policies and guards read, or has done so before the ``level``-th rewind."""
+        of_request = {i for i, planned in enumerate(self.interventions) if planned.edits and not planned.stage}
+        return any(
+            not of_request.isdisjoint(part.intervention.tolist()) for each in self.levels[: level + 1] for part in each
+        )
+
+    def covers(self, phase: Phase, at_start: bool = False) -> npt.NDArray[np.bool_]:
+        """``[interventions]`` those in force at positions of ``phase`` (``PROMPT`` or ``GENERATED``).
+
+        Args:
+            at_start: at the first position of all. There attention sinks lie beyond the norm that features are defined
+                on, by nature; so that no request can make the same of any other model, its edits leave it alone where
+                policies or guards end at a norm.
+        """
+        return np.array(
+            [
+                planned.phase in (Phase.ALL, phase)
+                and not (at_start and self.spares_start and planned.edits and planned.stage is Stage.REQUEST)
+                for planned in self.interventions
+            ],
+            dtype=bool,
+        )
+
+    @cached_property
+    def spares_start(self) -> bool:
+        """The request's edits leave the first position alone: a policy or guard that must not fail ends at a norm."""
+        if not any(planned.edits and planned.stage is Stage.REQUEST for planned in self.interventions):
+            return False
+        must_run = np.array([not planned.fail_open for planned in self.interventions])
+        return any(
+            part.stage is Stage.POLICY
+            and bool((must_run[part.intervention] & np.isfinite(part.rows.max_norm[part.row])).any())
+            for level in self.levels
+            for part in level
+        )
+
+    def effective_digest(self, level: int, phase: Phase, at_start: bool = False) -> bytes:
         """SHA-256 of all that runs at a position of ``phase`` while ``level`` is in force; empty if nothing does.
 
         Where two plans have equal digests the kernel does the same work, the guards decide alike, and what was
@@ -185,15 +253,15 @@ class Plan:
 
         Args:
             phase: ``PROMPT`` or ``GENERATED``.
+            at_start: at the first position of all, see ``covers``.
         """
-        key = (level, phase)
+        key = (level, phase, at_start)
         if key not in self._effective_digests:
-            pieces = list(self._effective_pieces(level, phase))
+            pieces = list(self._effective_pieces(level, self.covers(phase, at_start)))
             self._effective_digests[key] = _sha256(pieces) if pieces else b""
         return self._effective_digests[key]
 
-    def _effective_pieces(self, level: int, phase: Phase) -> Iterator[bytes]:
-        covers = np.array([planned.phase in (Phase.ALL, phase) for planned in self.interventions])
+    def _effective_pieces(self, level: int, covers: npt.NDArray[np.bool_]) -> Iterator[bytes]:
         for part in self.levels[level]:
             chosen = covers[part.intervention]
             if chosen.any():
@@ -210,9 +278,11 @@ class Plan:
 
 def plan_hash(plan: Plan) -> str:
     """SHA-256 over every name and array of the plan but its own hash."""
-    planned = [(p.source, p.label, str(p.site), p.stage.name, str(p.phase)) for p in plan.interventions]
+    planned = [(p.source, p.label, str(p.site), p.stage.name, str(p.phase), p.fail_open) for p in plan.interventions]
     scores = [(score.intervention, score.threshold, str(score.phase)) for score in plan.scores]
-    guards = [(g.score, g.label, str(g.action), g.fail_open, _rewind_terms(g.rewind)) for g in plan.guards]
+    guards = [
+        (g.score, g.source, g.place, g.label, str(g.action), g.fail_open, _rewind_terms(g.rewind)) for g in plan.guards
+    ]
     sizes = [len(level) for level in plan.levels]
     names = repr((planned, scores, guards, plan.policies, list(plan.packs.items()), sizes))
     return _sha256([names.encode(), *_site_digests(plan.levels)]).hex()

@@ -178,7 +178,7 @@ class Request:
         self.level = [0] * len(prompt)
         self.num_read = 0
         self.events: list[tuple[int, int]] = []
-        self.has_failed = False
+        self.has_failed = self.is_limited = False
         weight = {name: pack.tensors.weight.astype(float) for name, pack in catalog.packs.items()}
         self.lines = [self._line(index, weight) for index in range(len(self.plan.interventions))]
 
@@ -193,7 +193,11 @@ class Request:
     def parts(self, site: Site, stage: Stage, position: int) -> Iterator[tuple[SitePlan, np.ndarray]]:
         """What is in force at a position: site plans, and which of their entries."""
         phase = Phase.PROMPT if position < self.sequence.num_prompt_tokens else Phase.GENERATED
-        covered = [planned.phase in (Phase.ALL, phase) for planned in self.plan.interventions]
+        covered = [
+            planned.phase in (Phase.ALL, phase)
+            and not (position == 0 and self.is_limited and planned.source == "request")
+            for planned in self.plan.interventions
+        ]
         for part in self.plan.levels[self.level[position]]:
             chosen = np.array(covered)[part.intervention]
             if (part.site, part.stage) == (site, stage) and chosen.any():
@@ -465,7 +469,7 @@ def test_a_policy_that_did_not_run_counts_as_failed_although_it_once_ran(num_ste
 @pytest.mark.parametrize("edits", [False, True])
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_norm_beyond_the_domain_of_a_policy_is_a_failure_behind_edits(chunked, edits, catalog, monkeypatch) -> None:
-    """But for the first position, the attention sink."""
+    """But for the first position, the attention sink, which the request's edits leave as it is."""
     rng = np.random.default_rng(0)
     bank = FeatureBank(64, D_MODEL)
     pack = replace(
@@ -474,6 +478,7 @@ def test_a_norm_beyond_the_domain_of_a_policy_is_a_failure_behind_edits(chunked,
     limited = Catalog(Facts(), catalog.saes, catalog.packs | {"pack-1": pack})
     interventions = (Intervention(DirectionTarget(EARLY, np.ones(D_MODEL, np.float32)), Op.ADD, 1.0),) if edits else ()
     request = Request(rng, limited, bank, interventions=interventions, guards=(), policies=("pack-1",))
+    request.is_limited = True
     kernel = Kernel(rng, bank, is_sound=True)
     norms = [9.0, *[4.0] * (request.sequence.num_tokens - 1)]
     leave = kernel._leave

@@ -10,11 +10,9 @@ from engine_runs import GREEDY, assert_idle, direction, drive, feature, guard, l
 
 from steerserve.errors import CapacityError, IncompatibleError, InvalidRequestError, ServiceError
 from steerserve.types import (
-    ConceptTarget,
     FinishReason,
     GenerateRequest,
     GuardAction,
-    Intervention,
     Message,
     Op,
     SamplingParams,
@@ -143,24 +141,40 @@ def test_a_full_queue_refuses(load_tiny, make_engine) -> None:
     drive(engine)
 
 
-def test_a_full_feature_bank_refuses_until_a_holder_ends(load_tiny, make_engine, make_pack) -> None:
-    model = load_tiny()
-    packs = [make_pack(model, features=(1, 2, 3), name="three"), make_pack(model, features=(4, 5), name="two")]
-    engine = make_engine(model, packs, bank_capacity=4)
+def test_a_full_feature_bank_refuses_until_a_holder_ends(load_tiny, make_engine) -> None:
+    engine = make_engine(load_tiny(), bank_capacity=4)
 
-    def block(*concepts: str):
-        return spec(*(Intervention(ConceptTarget(name), Op.BLOCK) for name in concepts))
+    def block(*features: int):
+        return spec(*(feature(index, Op.BLOCK, None) for index in features))
 
-    engine.add_request(request("a", "x", block("three")))
-    engine.add_request(request("b", "x", block("three"), n=3))  # share the rows of a
+    engine.add_request(request("a", "x", block(1, 2, 3)))
+    engine.add_request(request("b", "x", block(1, 2, 3), n=3))  # share the rows of a
     assert engine._bank.num_held == 3
     with pytest.raises(CapacityError, match="slots"):
-        engine.add_request(request("c", "x", block("two"), n=2))
+        engine.add_request(request("c", "x", block(4, 5), n=2))
     assert engine._bank.num_held == 3
     with pytest.raises(InvalidRequestError, match="at most 4"):
-        engine.add_request(request("c", "x", block("two", "three")))
+        engine.add_request(request("c", "x", block(1, 2, 3, 4, 5)))
     drive(engine)
-    assert drive(engine, [request("c", "x", block("two"))])["c", 0].receipt.steered
+    assert drive(engine, [request("c", "x", block(4, 5))])["c", 0].receipt.steered
+
+
+def test_clients_that_fill_the_bank_do_not_starve_policies(load_tiny, make_engine, make_pack) -> None:
+    model = load_tiny()
+    engine = make_engine(model, [make_pack(model, features=(1, 2), name="guarding")], bank_capacity=5)
+    engine.add_request(request("a", "x", spec(*(feature(index, Op.BLOCK, None) for index in (7, 8, 9)))))
+    with pytest.raises(CapacityError, match="slots"):
+        engine.add_request(request("b", "x", spec(feature(10))))
+    engine.add_request(request("c", "x", policies=("guarding",)))
+    assert engine._bank.num_held == 5
+    assert drive(engine)["c", 0].receipt.steered
+
+
+def test_a_bank_too_small_for_the_policies_is_refused_at_once(load_tiny, make_engine, make_pack) -> None:
+    model = load_tiny()
+    packs = [make_pack(model, features=(1, 2, 3), name="three"), make_pack(model, features=(4, 5), name="two")]
+    with pytest.raises(IncompatibleError, match="got 4, expected room for the features"):
+        make_engine(model, packs, bank_capacity=4)
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3])

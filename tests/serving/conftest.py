@@ -169,6 +169,8 @@ class RunningServer:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         self._stop = lambda: loop.call_soon_threadsafe(stop.set) and None
         self.address = server.address
+        self.http_address = server.http_address
+        self.metrics_address = server.metrics_address
         self._ready.set()
         await stop.wait()
         await server.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -144,12 +145,20 @@ def test_clients_look_for_the_server_where_it_listens() -> None:
     assert cli.DEFAULT_TARGET == client.DEFAULT_TARGET == f"{config.host}:{config.port}"
 
 
-@pytest.mark.parametrize(
-    ("command", "config"),
-    [(cli.serve, ServerConfig()), (cli.serve, EngineConfig()), (cli.generate, SamplingParams())],
-)
-def test_options_left_out_mean_the_defaults_of_the_configuration(command, config) -> None:
-    defaults = {name: option.default for name, option in inspect.signature(command).parameters.items()}
-    shared = defaults.keys() & set(dir(config))
+def test_options_left_out_mean_the_defaults_of_sampling() -> None:
+    defaults = {name: option.default for name, option in inspect.signature(cli.generate).parameters.items()}
+    shared = defaults.keys() & set(dir(SamplingParams()))
     assert len(shared) >= 3
-    assert {name: defaults[name] for name in shared} == {name: getattr(config, name) for name in shared}
+    assert {name: defaults[name] for name in shared} == {name: getattr(SamplingParams(), name) for name in shared}
+
+
+@pytest.mark.parametrize("config", [ServerConfig(), EngineConfig()])
+def test_help_tells_the_defaults_of_the_configuration(config) -> None:
+    told = {}
+    for name, option in inspect.signature(cli.serve, eval_str=True).parameters.items():
+        match = re.search(r"\[(.+)\]$", option.annotation.__metadata__[0].help)
+        if match and hasattr(config, name):
+            told[name] = match[1]
+    assert len(told) >= 3
+    assert told == {name: f"{getattr(config, name):g}" if isinstance(getattr(config, name), float)
+                    else str(getattr(config, name)) for name in told}  # fmt: skip

@@ -41,6 +41,8 @@ from steerserve.types import (
     StepOutput,
     Stream,
     TokenLogprobs,
+    Verdict,
+    VerdictKind,
 )
 from steerserve.v1 import generation_pb2 as pb
 from steerserve.v1 import steering_pb2
@@ -135,12 +137,14 @@ receipts = st.builds(
             tokens_edited=uint32,
             mean_relative_edit=floats,
             max_activation=floats,
+            overridden_by=st.lists(names, max_size=2).map(tuple),
         )
     ).map(tuple),
     steered=st.booleans(),
     num_rewinds=uint32,
     num_rewound_tokens=uint32,
     num_cached_tokens=uint32,
+    num_redacted_tokens=uint32,
 )
 logprobs = st.builds(TokenLogprobs, float32s, uint32, st.lists(st.tuples(uint32, float32s), max_size=3).map(tuple))
 piece_fields = {
@@ -159,8 +163,20 @@ last_pieces = st.builds(
     stop_reason=st.none() | st.text() | uint32,
     num_prompt_tokens=uint32,
     receipt=receipts,
+    verdicts=st.lists(
+        st.builds(
+            Verdict,
+            st.sampled_from(VerdictKind),
+            names,
+            names,
+            st.lists(uint32, max_size=3).map(tuple),
+            st.lists(floats, max_size=3).map(tuple),
+            st.none() | floats,
+        ),
+        max_size=3,
+    ).map(tuple),
     guard_events=st.lists(
-        st.builds(GuardEvent, uint32, st.sampled_from(GuardAction), uint32, st.floats()), max_size=3
+        st.builds(GuardEvent, uint32, st.sampled_from(GuardAction), uint32, st.floats(), names, names), max_size=3
     ).map(tuple),
 )
 

@@ -1,0 +1,114 @@
+"""Token buckets: how much a tenant may still ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from steerserve.errors import CapacityError, InvalidRequestError
+from steerserve.serving.access import Quotas
+from steerserve.types import GenerateRequest
+
+MINUTE_S = 60.0
+
+
+class Bucket:
+    """Holds ``per_minute`` at most and fills at that rate; what is used beyond what was reserved is a debt."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute = per_minute
+        self._level = float(per_minute)
+        self._at = now
+
+    def wait_s(self, amount: float, now: float) -> float:
+        """Seconds until ``amount``, at most ``per_minute``, can be taken; 0 now."""
+        self._fill(now)
+        return max(0.0, (amount - self._level) * MINUTE_S / self.per_minute)
+
+    def take(self, amount: float, now: float) -> None:
+        """Take it, or with a negative ``amount`` give it back."""
+        self._fill(now)
+        self._level = min(self._level - amount, float(self.per_minute))
+
+    def resized(self, per_minute: int, now: float) -> Bucket:
+        """Another size with the same share in it."""
+        self._fill(now)
+        bucket = Bucket(per_minute, now)
+        bucket._level = self._level * per_minute / self.per_minute
+        return bucket
+
+    def _fill(self, now: float) -> None:
+        gained = (now - self._at) * self.per_minute / MINUTE_S
+        self._level, self._at = min(self._level + gained, float(self.per_minute)), now
+
+
+@dataclass
+class Reservation:
+    """What one request holds of its tenant's quotas.
+
+    Attributes:
+        tokens: reserved for its responses.
+        used: tokens it has used so far.
+    """
+
+    tokens: int
+    used: int = 0
+
+
+class TenantUsage:
+    """One tenant's buckets and requests in flight."""
+
+    def __init__(self, quotas: Quotas, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._quotas = Quotas()
+        self._requests: Bucket | None = None
+        self._tokens: Bucket | None = None
+        self.num_in_flight = 0
+        self.change(quotas)
+
+    def change(self, quotas: Quotas) -> None:
+        """Put other quotas in force; what was used of the old ones still counts."""
+        now = self._clock()
+        self._requests = _changed(self._requests, quotas.requests_per_minute, now)
+        self._tokens = _changed(self._tokens, quotas.tokens_per_minute, now)
+        self._quotas = quotas
+
+    def reserve(self, tenant: str, request: GenerateRequest) -> Reservation:
+        """Take a request, and the most tokens its responses can have, out of the quotas.
+
+        Raises:
+            CapacityError: not now; says when.
+            InvalidRequestError: never: more tokens than a minute has.
+        """
+        now, tokens = self._clock(), request.sampling.max_tokens * request.sampling.n
+        most = self._quotas.concurrent
+        if most is not None and self.num_in_flight >= most:
+            raise CapacityError(f"tenant {tenant} has {self.num_in_flight} requests in flight, expected at most {most}")
+        if self._tokens is not None and tokens > self._tokens.per_minute:
+            expected = f"at most {self._tokens.per_minute} tokens, those tenant {tenant} has in a minute"
+            raise InvalidRequestError("sampling.max_tokens", f"{tokens} tokens over all responses", expected)
+        waits = {
+            "requests": self._requests.wait_s(1, now) if self._requests else 0.0,
+            "tokens": self._tokens.wait_s(tokens, now) if self._tokens else 0.0,
+        }
+        kind = max(waits, key=lambda name: waits[name])
+        if waits[kind] > 0:
+            raise CapacityError(f"tenant {tenant} is out of {kind} for now", retry_after_s=waits[kind])
+        if self._requests is not None:
+            self._requests.take(1, now)
+        if self._tokens is not None:
+            self._tokens.take(tokens, now)
+        self.num_in_flight += 1
+        return Reservation(tokens)
+
+    def settle(self, reservation: Reservation) -> None:
+        """The request has ended: give back what it reserved and did not use, or take what it used besides."""
+        self.num_in_flight -= 1
+        if self._tokens is not None:
+            self._tokens.take(reservation.used - reservation.tokens, self._clock())
+
+
+def _changed(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:
+    if per_minute is None:
+        return None
+    return Bucket(per_minute, now) if bucket is None else bucket.resized(per_minute, now)

@@ -1,0 +1,130 @@
+"""YAML files with a schema, read so that whatever is wrong is told with its line, and nothing is guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from steerserve.errors import PolicyError
+
+MAX_FILE_BYTES = 1 << 20
+
+_FORMS = {r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, '.', '_' and '-', a letter or digit first"}
+"""Patterns of the schemas in words."""
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def read_yaml(path: Path, model: type[ModelT]) -> ModelT:
+    """Read one file.
+
+    Raises:
+        PolicyError: it cannot be read, or does not follow the schema; says at which lines, and what would be valid.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PolicyError([f"{path}: {error.strerror}"]) from error
+    if len(data) > MAX_FILE_BYTES:
+        raise PolicyError([f"{path}: expected at most {MAX_FILE_BYTES} bytes"])
+    return parse_yaml(data, str(path), model)
+
+
+def parse_yaml(data: bytes, origin: str, model: type[ModelT]) -> ModelT:
+    """Read YAML; ``origin`` is what errors call it.
+
+    Raises:
+        PolicyError: as ``read_yaml``.
+    """
+    try:
+        text = data.decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        problems = [f"{origin}:{line}: {problem}" for line, problem in _ambiguities(root)]
+        content = None if problems else yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise PolicyError([f"{origin}:{line}: not YAML: {error.problem}"]) from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise PolicyError([f"{origin}: not YAML: {error}"]) from error
+    if problems:
+        raise PolicyError(problems)
+    if not isinstance(content, dict):
+        raise PolicyError([f"{origin}:1: got {type(content).__name__}, expected named fields"])
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        told = [e for e in error.errors() if _says_more(e)]
+        raise PolicyError([f"{origin}:{_line(root, e['loc'])}: {_words(e)}" for e in told]) from None
+
+
+def _ambiguities(node: yaml.Node | None, seen: set[int] | None = None) -> Iterator[tuple[int, str]]:
+    """What YAML allows and a reader would get wrong: keys given twice, of which the last counts, and aliases."""
+    seen = set() if seen is None else seen
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return
+    if id(node) in seen:
+        yield node.start_mark.line + 1, "an alias, expected everything written out"
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, value in node.value:
+            if key.value in keys:
+                yield key.start_mark.line + 1, f"{key.value}: given twice, expected each field once"
+            keys.add(str(key.value))
+            yield from _ambiguities(value, seen)
+    else:
+        for item in node.value:
+            yield from _ambiguities(item, seen)
+
+
+def _line(node: yaml.Node | None, path: Sequence[int | str]) -> int:
+    """Where the field at ``path`` is, or the deepest part of it that is there."""
+    line = 1 if node is None else node.start_mark.line + 1
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == part]
+            if not found:
+                continue  # pydantic names a choice between models too
+            key, node = found[0]
+            line = key.start_mark.line + 1
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _says_more(error: Any) -> bool:
+    """False for what pydantic adds to an error that it reports as well."""
+    if error["type"] == "too_short":
+        return not error["input"]  # else its items are wrong, and were left out before they were counted
+    branch = str(error["loc"][-1]) if error["loc"] else ""
+    if branch[:1].isupper():
+        return not isinstance(error["input"], str)
+    return not branch.startswith("literal[") or not isinstance(error["input"], dict)
+
+
+def _words(error: Any) -> str:
+    """One of pydantic's errors as ours: field, value, what would be valid."""
+    parts = [part for part in error["loc"] if not _names_a_choice(part)]
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "extra_forbidden":
+        return f"{field}: unknown, expected only fields of the schema"
+    if error["type"] == "missing":
+        return f"{field}: missing, expected a value"
+    if error["type"] == "string_pattern_mismatch":
+        message = _FORMS.get(error["ctx"]["pattern"], f"text of the form {error['ctx']['pattern']}")
+    if error["type"] == "value_error":
+        return f"{field}: {message}" if field else message
+    return f"{field}: got {error['input']!r:.80}, expected {message}"
+
+
+def _names_a_choice(part: int | str) -> bool:
+    """Of several models or literals: a class, or ``literal[...]``; no field is written so."""
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part)

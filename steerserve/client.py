@@ -22,6 +22,7 @@ from steerserve.errors import AssetError, InvalidRequestError
 from steerserve.serving.convert import request_to_proto
 from steerserve.serving.convert_response import outputs_from_proto, piece_from_proto
 from steerserve.serving.convert_score import scores_from_proto
+from steerserve.serving.listening import is_loopback
 from steerserve.serving.status import error_of
 from steerserve.serving.steer_string import parse_guard, parse_intervention
 from steerserve.types import (
@@ -45,6 +46,7 @@ from steerserve.v1 import generation_pb2, generation_pb2_grpc, score_pb2
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 API_KEY_VARIABLE = "STEERSERVE_API_KEY"
+TLS_CA_VARIABLE = "STEERSERVE_TLS_CA"
 MAX_RECEIVED_BYTES = 64 << 20
 """Scores of every intervention at every position take more than gRPC's 4 MiB."""
 
@@ -139,7 +141,7 @@ class TLS:
         return grpc.ssl_channel_credentials(ca, key, certificate)
 
 
-class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):  # type: ignore[misc]
+class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
     """Adds the ``authorization`` header to every call."""
 
     def __init__(self, key: str) -> None:
@@ -164,17 +166,26 @@ class SteerserveClient:
     Args:
         target: ``host:port``.
         api_key: shown with every call; None: that in the environment variable STEERSERVE_API_KEY, if there is one.
-        tls: the server speaks TLS.
+        tls: the server speaks TLS; None: if STEERSERVE_TLS_CA names a file of authorities.
+
+    Raises:
+        InvalidRequestError: a key for a server elsewhere, without TLS.
     """
 
     def __init__(self, target: str = DEFAULT_TARGET, api_key: str | None = None, tls: TLS | None = None) -> None:
+        authority = os.environ.get(TLS_CA_VARIABLE)
+        if tls is None and authority:
+            tls = TLS(authority)
+        key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
+        if key and tls is None and not is_loopback(target.rpartition(":")[0].strip("[]")):
+            expected = f"TLS: {target} is not on this machine, and the key would be sent in the clear"
+            raise InvalidRequestError("api_key", "a key without TLS", expected)
         options = [("grpc.max_receive_message_length", MAX_RECEIVED_BYTES)]
         if tls is None:
             channel = grpc.insecure_channel(target, options)
         else:
             channel = grpc.secure_channel(target, tls.credentials(), options)
         self._channel = channel
-        key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
         if key:
             channel = grpc.intercept_channel(channel, _WithKey(key))
         self._stub = generation_pb2_grpc.GenerationServiceStub(channel)

@@ -52,7 +52,12 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **others: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The layers are merged before they come here."""
         return (init_settings,)
@@ -147,8 +152,8 @@ def _merged(below: Values, above: Values) -> dict[str, Any]:
     merged = dict(below)
     for name, value in above.items():
         under = merged.get(name)
-        is_section = isinstance(value, Mapping) and isinstance(under, Mapping)
-        merged[name] = _merged(under, value) if is_section else value
+        both = isinstance(value, Mapping) and isinstance(under, Mapping)
+        merged[name] = _merged(under or {}, value) if both else value
     return merged
 
 

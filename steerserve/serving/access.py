@@ -64,7 +64,7 @@ class Tenant(_Strict):
 
     Attributes:
         may_steer: requests may have interventions and guards of their own.
-        first_priority: the smallest priority that requests may have; smaller is served first.
+        first_priority: the smallest priority that requests can have, as smaller is served first; others are raised.
     """
 
     policies: TenantPolicies = TenantPolicies()

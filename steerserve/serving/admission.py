@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from steerserve.errors import InvalidRequestError, PolicyError, ServiceError
+from steerserve.errors import PolicyError, ServiceError
 from steerserve.serving.access import AccessFile, Role, Tenant, read_access
 from steerserve.serving.keys import caller_of, utc_now
 from steerserve.serving.quotas import Reservation, TenantUsage
@@ -57,10 +57,24 @@ class Access:
         Raises:
             PolicyError: it is wrong, or requires a policy that is not in force. The file in force stays.
         """
+        self.put_in_force(self.read(self._loaded_policies()))
+
+    def read(self, loaded_policies: frozenset[str]) -> AccessFile | None:
+        """The file as it is now, checked against policies that are in force or about to be; None without one.
+
+        Raises:
+            PolicyError: as ``reload``.
+        """
         if self._path is None:
-            return
+            return None
         file = read_access(self._path)
-        self._check_policies(file)
+        self._check_policies(file, loaded_policies)
+        return file
+
+    def put_in_force(self, file: AccessFile | None) -> None:
+        """Have it decide from now on."""
+        if file is None:
+            return
         for name, tenant in file.tenants.items():
             if name in self._usage:
                 self._usage[name].change(tenant.quotas)
@@ -124,18 +138,24 @@ class Access:
         asked = exchange.request.policies
         policies = asked if exchange.is_reading else self._policies(tenant, caller.tenant, asked)
         self._reservations[exchange.number] = self._usage[caller.tenant].reserve(caller.tenant, exchange.request)
-        return replace(exchange.request, policies=policies)
+        # What one tenant has in the prefix cache must not tell another what its prompts are.
+        salt = f"{len(caller.tenant)}:{caller.tenant}:{exchange.request.cache_salt}"
+        priority = max(exchange.request.priority, tenant.first_priority)
+        return replace(exchange.request, policies=policies, cache_salt=salt, priority=priority)
 
     async def admitted(self, exchange: Exchange) -> None:
-        """The request is the engine's now."""
+        """From here on it is charged, however it ends."""
+        reservation = self._reservations.get(exchange.number)
+        if reservation is not None:
+            reservation.is_admitted = True
 
     async def produced(self, exchange: Exchange, output: StepOutput) -> None:
         """Count what it has used."""
         reservation = self._reservations.get(exchange.number)
         if reservation is not None:
-            # Only a last output knows the prompt's length; responses of one request share the prompt.
-            prompt = output.num_prompt_tokens if output.index == 0 else 0
-            reservation.used += len(output.token_ids) + prompt
+            reservation.generated += len(output.token_ids)
+            if output.num_prompt_tokens:  # only a last output knows
+                self._usage[exchange.caller.tenant].count_prompt(reservation, output.num_prompt_tokens)
 
     async def ended(self, exchange: Exchange, error: BaseException | None) -> None:
         """Settle it."""
@@ -170,8 +190,7 @@ class Access:
         # The tenant's word stands where a request names another version of what it must have.
         return (*(policy for policy in chosen if _bare(policy) not in required), *rules.required)
 
-    def _check_policies(self, file: AccessFile) -> None:
-        loaded = self._loaded_policies()
+    def _check_policies(self, file: AccessFile, loaded: frozenset[str]) -> None:
         problems = [
             f"{self._path}: tenants.{name}.policies.{kind}: got {policy!r}, expected a policy that is in force: "
             f"{', '.join(sorted(loaded)) or 'none is'}"
@@ -188,9 +207,6 @@ def _check_freedoms(tenant: Tenant, name: str, request: GenerateRequest) -> None
     if not tenant.may_steer and not _only_reads(request.steering):
         expected = "expected policies, and interventions and guards that only monitor and flag"
         raise ServiceError("PERMISSION_DENIED", f"steering: tenant {name} may not steer; {expected}")
-    if request.priority < tenant.first_priority:
-        expected = f"at least {tenant.first_priority}, as tenant {name} may have"
-        raise InvalidRequestError("priority", request.priority, expected)
 
 
 def _only_reads(steering: SteeringSpec) -> bool:

@@ -51,6 +51,8 @@ SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_n
 # Time for complete answers to reach their clients after the port has closed.
 _FLUSH_S = 1.0
 _LOOK_AT_ACCESS_S = 2.0
+# Of one connection.
+_MAX_STREAMS = 1024
 
 
 def load_engine(config: ServerConfig, engine_config: EngineConfig) -> Engine:
@@ -236,6 +238,7 @@ async def _warm_up(engine_loop: EngineLoop) -> None:
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_concurrent_streams", _MAX_STREAMS),
         # Two servers on one port would share its connections without either noticing.
         ("grpc.so_reuseport", 0),
         # A client host that vanishes without closing its connection keeps its slot until a ping fails.

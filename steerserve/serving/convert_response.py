@@ -180,9 +180,7 @@ def _output_from_proto(
         num_prompt_tokens=finish.num_prompt_tokens,
         receipt=receipt_from_proto(finish.receipt) if finish.HasField("receipt") else None,
         guard_events=tuple(
-            GuardEvent(
-                event.guard, GUARD_ACTIONS[event.action], event.position, event.score, event.source, event.label
-            )
+            GuardEvent(event.guard, GUARD_ACTIONS[event.action], event.position, event.score, event.source, event.label)
             for event in finish.guard_events
         ),
         verdicts=tuple(_verdict_from_proto(verdict) for verdict in finish.verdicts),

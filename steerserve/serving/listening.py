@@ -20,7 +20,7 @@ def check_exposed(field: str, host: str, access: AccessConfig) -> None:
     Raises:
         InvalidRequestError: names the option.
     """
-    if _is_loopback(host) or access.insecure_bind or (access.file is not None and access.certificate is not None):
+    if is_loopback(host) or access.insecure_bind or (access.file is not None and access.certificate is not None):
         return
     lacks = "keys (--access)" if access.file is None else "TLS (--certificate and --private-key)"
     expected = f"loopback, or {lacks}: others can reach this address; --insecure-bind if that is meant"
@@ -65,7 +65,8 @@ def common_names(context: Any) -> list[str]:
     return [name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", ())]
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """No other machine can be at this address."""
     if host == "localhost":
         return True
     try:

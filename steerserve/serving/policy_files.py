@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from steerserve.config import PolicyConfig
@@ -26,15 +27,21 @@ class PolicyFiles:
         self._seen = self._signature()
         self._asked = asyncio.Event()
 
-    def reload(self) -> PolicyChanges:
+    def reload(self, approve: Callable[[frozenset[str]], object] = lambda names: None) -> PolicyChanges:
         """Read everything again; from any thread.
+
+        Args:
+            approve: called with the names, and ``name@version``, of all policies that there will be; what it raises
+                keeps those in force.
 
         Raises:
             PolicyError, AssetError: what is wrong with the files. The policies in force stay.
             CapacityError: requests hold too many features of the bank. The policies in force stay.
         """
         seen = self._signature()  # before they are read: what is written meanwhile is another change
-        changes = self._engine.replace_policies(self._read())
+        policies = self._read()
+        approve(self._names(policies))
+        changes = self._engine.replace_policies(policies)
         self._seen = seen
         return changes
 
@@ -72,6 +79,11 @@ class PolicyFiles:
             return PolicySet.read(self._directory, packs)
         sites = self._engine.sites
         return PolicySet.built_in({name: pack for name, pack in packs.items() if sites.issuperset(pack.sites)})
+
+    def _names(self, policies: PolicySet) -> frozenset[str]:
+        packs = self._engine.catalog.packs
+        tags = [*(pack.tag for pack in packs.values()), *(policy.tag for policy in policies.policies.values())]
+        return frozenset([*packs, *policies.policies, *tags])
 
     def _signature(self) -> _Signature:
         """Changes whenever a file does."""

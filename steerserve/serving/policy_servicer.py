@@ -10,11 +10,12 @@ from grpc.aio import ServicerContext
 
 from steerserve.engine.engine import Engine
 from steerserve.errors import SteerserveError
-from steerserve.serving.access import Role
+from steerserve.serving.access import AccessFile, Role
 from steerserve.serving.admission import Access
 from steerserve.serving.policy_files import PolicyFiles
 from steerserve.serving.service import Caller
 from steerserve.serving.status import end_call, status_of
+from steerserve.steering.policy_set import PolicyChanges
 from steerserve.v1 import policy_pb2 as pb
 from steerserve.v1 import policy_pb2_grpc
 
@@ -52,11 +53,17 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     ) -> pb.ReloadPoliciesResponse:
         try:
             self._require_admin(context)
-            changes = await asyncio.to_thread(self._files.reload)
-            self._access.reload()
+            changes, access = await asyncio.to_thread(self._reload)
+            self._access.put_in_force(access)
         except SteerserveError as error:
             await end_call(context, status_of(error, str))
         return pb.ReloadPoliciesResponse(added=changes.added, changed=changes.changed, removed=changes.removed)
+
+    def _reload(self) -> tuple[PolicyChanges, AccessFile | None]:
+        """Policies change only if the access file goes with them."""
+        read: list[AccessFile | None] = []
+        changes = self._files.reload(lambda names: read.append(self._access.read(names)))
+        return changes, read[0]
 
     def _require_admin(self, context: Context) -> None:
         self._access.require(self._authenticate(context), Role.ADMIN)

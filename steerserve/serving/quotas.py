@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from steerserve.errors import CapacityError, InvalidRequestError
 from steerserve.serving.access import Quotas
-from steerserve.types import GenerateRequest
+from steerserve.types import GenerateRequest, Message
 
 MINUTE_S = 60.0
+BYTES_PER_TOKEN = 4
 
 
 class Bucket:
@@ -47,12 +48,26 @@ class Reservation:
     """What one request holds of its tenant's quotas.
 
     Attributes:
-        tokens: reserved for its responses.
-        used: tokens it has used so far.
+        prompt: tokens that the prompt is taken to have, until they are counted.
+        responses: the most its responses can have.
+        generated: tokens of responses so far.
+        is_admitted: the engine took it; otherwise it costs nothing but its place among the requests.
     """
 
-    tokens: int
-    used: int = 0
+    prompt: int
+    responses: int
+    generated: int = 0
+    is_admitted: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """What was reserved."""
+        return self.prompt + self.responses
+
+    @property
+    def used(self) -> int:
+        """What it is charged."""
+        return self.prompt + self.generated if self.is_admitted else 0
 
 
 class TenantUsage:
@@ -74,19 +89,20 @@ class TenantUsage:
         self._quotas = quotas
 
     def reserve(self, tenant: str, request: GenerateRequest) -> Reservation:
-        """Take a request, and the most tokens its responses can have, out of the quotas.
+        """Take a request, its prompt and the most tokens its responses can have out of the quotas.
 
         Raises:
             CapacityError: not now; says when.
             InvalidRequestError: never: more tokens than a minute has.
         """
-        now, tokens = self._clock(), request.sampling.max_tokens * request.sampling.n
+        reservation = Reservation(_prompt_tokens(request), request.sampling.max_tokens * request.sampling.n)
+        now, tokens = self._clock(), reservation.tokens
         most = self._quotas.concurrent
         if most is not None and self.num_in_flight >= most:
             raise CapacityError(f"tenant {tenant} has {self.num_in_flight} requests in flight, expected at most {most}")
         if self._tokens is not None and tokens > self._tokens.per_minute:
             expected = f"at most {self._tokens.per_minute} tokens, those tenant {tenant} has in a minute"
-            raise InvalidRequestError("sampling.max_tokens", f"{tokens} tokens over all responses", expected)
+            raise InvalidRequestError("sampling.max_tokens", f"{tokens} tokens with the prompt", expected)
         waits = {
             "requests": self._requests.wait_s(1, now) if self._requests else 0.0,
             "tokens": self._tokens.wait_s(tokens, now) if self._tokens else 0.0,
@@ -99,13 +115,31 @@ class TenantUsage:
         if self._tokens is not None:
             self._tokens.take(tokens, now)
         self.num_in_flight += 1
-        return Reservation(tokens)
+        return reservation
 
     def settle(self, reservation: Reservation) -> None:
-        """The request has ended: give back what it reserved and did not use, or take what it used besides."""
+        """The request has ended: give back what it reserved and did not use."""
         self.num_in_flight -= 1
         if self._tokens is not None:
             self._tokens.take(reservation.used - reservation.tokens, self._clock())
+
+    def count_prompt(self, reservation: Reservation, num_tokens: int) -> None:
+        """The prompt's tokens are known now."""
+        if self._tokens is not None:
+            self._tokens.take(num_tokens - reservation.prompt, self._clock())
+        reservation.prompt = num_tokens
+
+
+def _prompt_tokens(request: GenerateRequest) -> int:
+    """Ids are counted; of text it is an estimate, in force until the engine has counted."""
+    match request.prompt:
+        case str(text):
+            return 1 + len(text.encode(errors="replace")) // BYTES_PER_TOKEN
+        case prompt:
+            return sum(
+                1 + len(part.content.encode(errors="replace")) // BYTES_PER_TOKEN if isinstance(part, Message) else 1
+                for part in prompt
+            )
 
 
 def _changed(bucket: Bucket | None, per_minute: int | None, now: float) -> Bucket | None:

@@ -23,6 +23,7 @@ from steerserve.types import (
     Guard,
     GuardAction,
     Intervention,
+    Message,
     Op,
     SamplingParams,
     SteeringSpec,
@@ -172,8 +173,15 @@ def test_a_tenant_that_may_not_steer_may_read(access: Access) -> None:
     ):
         with pytest.raises(ServiceError, match="may not steer"):
             access.admit(exchange(steering=edits))
-    with pytest.raises(InvalidRequestError, match="priority: got 4, expected at least 5"):
-        access.admit(exchange(priority=4))
+
+
+def test_nobody_gets_in_front(access: Access) -> None:
+    assert [access.admit(exchange(priority=asked)).priority for asked in (-3, 9)] == [5, 9]
+
+
+def test_tenants_share_no_cached_prefixes(access: Access) -> None:
+    salts = {access.admit(exchange(tenant, cache_salt=salt)).cache_salt for tenant in ("chat", "lab") for salt in "ab"}
+    assert len(salts) == 4
 
 
 def test_reading_a_text_is_not_edited(access: Access) -> None:
@@ -187,6 +195,7 @@ def test_a_key_without_the_role_of_users_does_not_generate(access: Access) -> No
 
 
 def finish(access: Access, asked: Exchange, num_generated: int, num_prompt: int) -> None:
+    asyncio.run(access.admitted(asked))
     last = StepOutput("a", (1,) * num_generated, "", finish_reason=FinishReason.STOP, num_prompt_tokens=num_prompt)
     asyncio.run(access.produced(asked, last))
     asyncio.run(access.ended(asked, None))
@@ -205,15 +214,32 @@ def test_quotas_to_the_second(access: Access, clock: Clock) -> None:
 
 
 def test_tokens_are_reserved_and_settled(access: Access, clock: Clock) -> None:
-    asked = exchange(sampling=SamplingParams(max_tokens=45, n=2))
+    asked = exchange(prompt=(1,) * 4, sampling=SamplingParams(max_tokens=43, n=2))
     access.admit(asked)
     with pytest.raises(CapacityError, match="out of tokens") as raised:
-        access.admit(exchange(sampling=SamplingParams(max_tokens=16)))
+        access.admit(exchange(prompt=(1,), sampling=SamplingParams(max_tokens=15)))
     assert raised.value.retry_after_s == pytest.approx(6 * 0.6)
-    finish(access, asked, 10, 30)  # 40 of the 90 were used
-    access.admit(exchange(sampling=SamplingParams(max_tokens=60)))
+    finish(access, asked, 10, 4)
+    access.admit(exchange(prompt=(1,), sampling=SamplingParams(max_tokens=80)))
     with pytest.raises(InvalidRequestError, match="at most 100 tokens, those tenant chat has in a minute"):
-        access.admit(exchange(sampling=SamplingParams(max_tokens=101)))
+        access.admit(exchange(prompt=(1,), sampling=SamplingParams(max_tokens=100)))
+
+
+@pytest.mark.parametrize("prompt", ["x" * 200, (1,) * 50, (Message("user", "x" * 200),)])
+def test_hanging_up_does_not_make_a_prompt_free(access: Access, prompt: object) -> None:
+    asked = exchange(prompt=prompt, sampling=SamplingParams(max_tokens=1))
+    access.admit(asked)
+    asyncio.run(access.admitted(asked))
+    asyncio.run(access.ended(asked, asyncio.CancelledError()))
+    with pytest.raises(CapacityError, match="out of tokens"):
+        access.admit(exchange(prompt=prompt, sampling=SamplingParams(max_tokens=1)))
+
+
+def test_what_the_engine_refuses_costs_no_tokens(access: Access) -> None:
+    asked = exchange(prompt=(1,) * 90)
+    access.admit(asked)
+    asyncio.run(access.ended(asked, InvalidRequestError("prompt", "x", "y")))
+    access.admit(exchange(prompt=(1,) * 90))
 
 
 def test_no_more_in_flight_than_allowed_and_a_refusal_takes_nothing(access: Access) -> None:

@@ -203,3 +203,33 @@ def test_operators_read_and_reload_policies(start_server, tiny, access_file: str
             with pytest.raises(grpc.RpcError) as raised:
                 call()
             assert raised.value.code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_policies_and_access_change_together_or_not_at_all(start_server, tiny, tmp_path: Path) -> None:
+    policies, access = tmp_path / "policies", tmp_path / "access.yaml"
+    policies.mkdir()
+    policy = policies / "watch.yaml"
+    text = "format: steerserve.policy/1\nname: watch\nversion: '1'\nrules: [{concept: mood, action: flag}]\n"
+    rules = (
+        "format: steerserve.access/1\ntenants: {app: {policies: {required: [watch]}}}\n"
+        f"keys: [{{id: root, tenant: app, roles: [admin], sha256: {key_hash(ADMIN_KEY)}}}]\n"
+    )
+    policy.write_text(text)
+    access.write_text(rules)
+    config = tiny.config(access=AccessConfig(file=str(access)), policies={"directory": str(policies), "watch_s": 0})
+    with start_server(config) as server, grpc.insecure_channel(server.address) as channel:
+        calls = policy_service(channel, ADMIN_KEY)
+        policy.write_text(text.replace("name: watch", "name: look"))
+        with pytest.raises(grpc.RpcError, match="required: got 'watch', expected a policy that is in force"):
+            calls["reload"]()
+        assert [info.name for info in calls["list"]().policies] == ["mood", "watch"]
+        access.write_text(rules.replace("[watch]", "[look]"))
+        assert list(calls["reload"]().added) == ["look@1"]
+
+
+def test_a_key_is_not_sent_in_the_clear(authority: Authority) -> None:
+    with pytest.raises(InvalidRequestError, match="the key would be sent in the clear"):
+        SteerserveClient("example.com:50051", api_key=KEY)
+    SteerserveClient("example.com:50051", api_key=KEY, tls=TLS(authority.ca)).close()
+    for target in ("localhost:1", "127.0.0.1:1", "[::1]:1"):
+        SteerserveClient(target, api_key=KEY).close()

@@ -57,6 +57,7 @@ define sae
 endef
 
 assets: $(RUN)
+	$(call sae,8,1572864,2400)
 	$(call sae,16,1572864,2400)
 	$(call sae,24,4456448,3600)
 	$(STEERSERVE) concept build profanity --words profanity --judge profanity $(PACK_TEXTS) \

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from steerserve.errors import PolicyError
 
 MAX_FILE_BYTES = 1 << 20
+MAX_DEPTH = 16
 
 _FORMS = {r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, '.', '_' and '-', a letter or digit first"}
 """Patterns of the schemas in words."""
@@ -43,6 +44,7 @@ def parse_yaml(data: bytes, origin: str, model: type[ModelT]) -> ModelT:
     """
     try:
         text = data.decode()
+        _refuse_deep(text, origin)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         problems = [f"{origin}:{line}: {problem}" for line, problem in _ambiguities(root)]
         content = None if problems else yaml.safe_load(text)
@@ -62,6 +64,19 @@ def parse_yaml(data: bytes, origin: str, model: type[ModelT]) -> ModelT:
         raise PolicyError([f"{origin}:{_line(root, e['loc'])}: {_words(e)}" for e in told]) from None
 
 
+def _refuse_deep(text: str, origin: str) -> None:
+    """What is nested deeply takes the square of its length to read, and the interpreter's stack to build."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            line = event.start_mark.line + 1
+            raise PolicyError([f"{origin}:{line}: nested too deeply, expected at most {MAX_DEPTH} levels"])
+
+
 def _ambiguities(node: yaml.Node | None, seen: set[int] | None = None) -> Iterator[tuple[int, str]]:
     """What YAML allows and a reader would get wrong: keys given twice, of which the last counts, and aliases."""
     seen = set() if seen is None else seen
@@ -74,9 +89,12 @@ def _ambiguities(node: yaml.Node | None, seen: set[int] | None = None) -> Iterat
     if isinstance(node, yaml.MappingNode):
         keys: set[str] = set()
         for key, value in node.value:
-            if key.value in keys:
+            if not isinstance(key, yaml.ScalarNode):
+                yield key.start_mark.line + 1, "a list or a mapping as a key, expected a word"
+            elif key.value in keys:
                 yield key.start_mark.line + 1, f"{key.value}: given twice, expected each field once"
-            keys.add(str(key.value))
+            else:
+                keys.add(key.value)
             yield from _ambiguities(value, seen)
     else:
         for item in node.value:

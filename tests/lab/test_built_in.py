@@ -18,7 +18,7 @@ from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.steering.catalog import Catalog
 
-SAES = ["smollm2-135m-instruct-l16-4k", "smollm2-135m-instruct-l24-4k"]
+SAES = ["smollm2-135m-instruct-l8-4k", "smollm2-135m-instruct-l16-4k", "smollm2-135m-instruct-l24-4k"]
 PROSE = """
 The ferry left the harbour a little after six, with eleven passengers and a crate of young apple trees on deck.
 Nobody had expected fog. By the time they passed the lighthouse its lamp was a pale smear, and the captain sent the

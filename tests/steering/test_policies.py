@@ -119,7 +119,7 @@ HEAD = 'format: steerserve.policy/1\nname: calm\nversion: "1"\n'
         ("- 1", ["calm.yaml:1: got list, expected named fields"]),
         ("", ["calm.yaml:1: got NoneType"]),
         ("a: [", ["calm.yaml:1: not YAML"]),
-        ("[" * 5000, ["calm.yaml: not YAML"]),
+        ("[" * 5000, ["calm.yaml:1: nested too deeply, expected at most 16 levels"]),
         ("\0", ["calm.yaml: not YAML"]),
     ],
 )

@@ -34,6 +34,7 @@ OPTIONS = {
     "server.saes": "--sae",
     "server.policies.directory": "--policy-dir",
     "server.access.file": "--access",
+    "server.audit.directory": "--audit-dir",
     "server.envoy.policies": "--envoy-policy",
     "engine.sites": "--site",
 }

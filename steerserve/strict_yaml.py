@@ -73,7 +73,7 @@ def _refuse_deep(text: str, origin: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_DEPTH:
-            line = event.start_mark.line + 1
+            line = event.start_mark.line + 1 if event.start_mark else 1
             raise PolicyError([f"{origin}:{line}: nested too deeply, expected at most {MAX_DEPTH} levels"])
 
 

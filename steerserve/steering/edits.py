@@ -219,7 +219,7 @@ def operands(intervention: Intervention, target: ResolvedTarget, path: str, max_
     """
     unit: Sequence[float] = (1.0,) * len(target.keys)
     if intervention.unit is Unit.MAX_ACTIVATION:
-        if target.max_activation is None:
+        if target.max_activation is None or not min(target.max_activation) > 0:  # 0: it never fired
             expected = f"{Unit.RAW}: {target.label} has no recorded maximum activation"
             raise InvalidRequestError(f"{path}.unit", str(intervention.unit), expected)
         unit = target.max_activation

@@ -43,13 +43,13 @@ def smollm2(smollm2_dir: Path) -> LoadedModel:
 def test_a_built_in_sae_explains_its_site(smollm2: LoadedModel, name: str) -> None:
     sae = Catalog.load(smollm2, saes=[name]).saes[name]
     assert sae.max_activation is not None
-    assert sae.max_activation.min() > 0
+    assert (sae.max_activation > 0).float().mean() > 0.999  # the others are dead
     tokens = torch.stack(list(pack_contexts(smollm2, [PROSE.replace("\n", " ")], 64)))
     assert len(tokens) == 4
     x = activations_of(smollm2, tokens, (sae.site,))[sae.site].float()
     ordinary = ordinary_rows(x)
     norms = x.norm(dim=-1)
-    assert norms[:, 0].min() > 8 * norms.median()  # the attention sink
+    assert norms[:, 0].min() > 4 * norms.median()  # the attention sink, which grows with the layers
     assert ordinary[:, 1:].float().mean() > 0.97
     f = sae.encode(x)
     assert (f[~ordinary & (norms > sae.max_norm)] == 0).all()

@@ -248,6 +248,14 @@ def test_features_without_recorded_maxima_refuse_relative_values(catalog, sae) -
         compile_plan(spec(feature(1, Op.ADD, 1.0, unit=Unit.MAX_ACTIVATION)), (), bare)
 
 
+def test_a_feature_that_never_fired_refuses_relative_values(catalog, sae) -> None:
+    never = replace(sae, max_activation=sae.max_activation * 0)
+    with pytest.raises(InvalidRequestError, match="no recorded maximum"):
+        compile_plan(
+            spec(feature(1, Op.ADD, 1.0, unit=Unit.MAX_ACTIVATION)), (), replace(catalog, saes={"toy-sae": never})
+        )
+
+
 def test_long_lists_of_names_are_cut_to_the_nearest(catalog, make_pack) -> None:
     pack = catalog.packs["mood"]
     many = replace(catalog, packs={f"concept-{i}": pack for i in range(20)})

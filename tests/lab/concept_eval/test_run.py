@@ -135,6 +135,7 @@ GOLDEN = {
         "chat": "bool",
         "seeds": ["number"],
         **dict.fromkeys(("max_tokens", "temperature"), "number"),
+        "dtype": "str",
         "instruction": "str",
         "benign_tokens": "number",
         "target": {"effect": "number", "perplexity": "number"},

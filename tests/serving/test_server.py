@@ -348,6 +348,7 @@ def test_reflection_describes_the_service(server) -> None:
         listed, described = stub.ServerReflectionInfo(iter(requests))
     assert {service.name for service in listed.list_services_response.service} == {
         "steerserve.v1.GenerationService",
+        "steerserve.v1.PolicyService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }
@@ -355,6 +356,7 @@ def test_reflection_describes_the_service(server) -> None:
     assert [method.name for method in file.service[0].method] == [
         "Generate",
         "GenerateStream",
+        "Score",
         "GetServerInfo",
         "GetModelInfo",
     ]

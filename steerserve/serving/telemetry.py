@@ -61,10 +61,10 @@ class Telemetry:
         self._open: dict[int, Passage] = {}
 
     async def admitted(self, exchange: Exchange) -> None:
-        self._open[id(exchange)] = Passage(exchange, is_admitted=True)
+        self._open[exchange.number] = Passage(exchange, is_admitted=True)
 
     async def produced(self, exchange: Exchange, output: StepOutput) -> None:
-        passage = self._open[id(exchange)]
+        passage = self._open[exchange.number]
         if output.token_ids:
             self._time_tokens(passage, output)
         passage.num_prompt_tokens = max(passage.num_prompt_tokens, output.num_prompt_tokens)
@@ -72,7 +72,7 @@ class Telemetry:
             passage.last_outputs.append(output)
 
     async def ended(self, exchange: Exchange, error: BaseException | None) -> None:
-        passage = self._open.pop(id(exchange), None) or Passage(exchange)
+        passage = self._open.pop(exchange.number, None) or Passage(exchange)
         for tell in self._on_end:
             tell(passage, error)
 

@@ -88,12 +88,12 @@ class AuditObserver:
 
     async def admitted(self, exchange: Exchange) -> None:
         """Refuse what could not be recorded, before anything is computed for it."""
-        self._open[id(exchange)] = _Passage()
+        self._open[exchange.number] = _Passage()
         self._writer.check()
 
     async def produced(self, exchange: Exchange, output: StepOutput) -> None:
         """Note the output; behind the last one of all, wait for the record."""
-        passage = self._open[id(exchange)]
+        passage = self._open[exchange.number]
         if output.index not in passage.responses:
             passage.responses[output.index] = _Response(self._key.text_hash(), [] if self._log_text else None)
         passage.responses[output.index].add(output)
@@ -105,7 +105,7 @@ class AuditObserver:
 
     async def ended(self, exchange: Exchange, error: BaseException | None) -> None:
         """Record what was refused, failed, or left by its client."""
-        passage = self._open.pop(id(exchange), None) or _Passage()
+        passage = self._open.pop(exchange.number, None) or _Passage()
         if passage.is_recorded:
             return
         code = "CANCELLED" if error is None else code_of(error)
@@ -135,6 +135,7 @@ class AuditObserver:
             "tenant": caller.tenant,
             "key_id": caller.key_id,
             "interface": str(exchange.interface),
+            "reading": exchange.is_reading,
             "model": self._model,
             "policies": list(receipts[0].policies if receipts else request.policies),
             "plan": receipts[0].plan_hash if receipts else None,

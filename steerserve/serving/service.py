@@ -7,6 +7,7 @@ its own statuses. Nothing that decides about a request may live in one of them, 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -16,6 +17,8 @@ from typing import Protocol
 
 from steerserve.serving.engine_loop import EngineLoop
 from steerserve.types import GenerateRequest, StepOutput
+
+_log = logging.getLogger(__name__)
 
 
 class Interface(StrEnum):
@@ -61,7 +64,7 @@ class Exchange:
 
 
 class Observer(Protocol):
-    """Told of every exchange, in this order; the client waits, and an error that is raised here ends the exchange."""
+    """Told of every exchange, in this order; the client waits, and what the first two raise ends the exchange."""
 
     async def admitted(self, exchange: Exchange) -> None:
         """The request is the engine's now."""
@@ -115,7 +118,10 @@ class Service:
             raise
         finally:
             for observer in self._observers:
-                await observer.ended(exchange, error)
+                try:
+                    await observer.ended(exchange, error)
+                except Exception:  # the exchange is over: the others must still hear of it
+                    _log.exception("%s failed at the end of an exchange", type(observer).__name__)
 
     async def _observed(self, exchange: Exchange, outputs: AsyncIterator[StepOutput]) -> AsyncIterator[StepOutput]:
         async for output in outputs:

@@ -21,7 +21,7 @@ SIDECAR_PACKAGES = {"envoy", "opentelemetry", "starlette", "uvicorn"}
 """What the extra of that name brings."""
 STEER_HELP = (
     "TARGET=OP\\[:VALUE]\\[@PHASE]\\[ if TARGET>NUMBER], repeatable. "
-    "TARGET: CONCEPT, SAE/FEATURE or direction:FILE.npy@SITE. "
+    "TARGET: CONCEPT, SAE/FEATURE, direction:FILE.npy@SITE or a head such as L12H5 (scale and block alone). "
     "OP: clamp, clamp_always, clip, block, scale, add, monitor. VALUE: a number, or '2.0x', a multiple of the "
     "recorded maximum activation. PHASE: all, prompt, generated. Example: profanity=block"
 )
@@ -78,6 +78,10 @@ def serve(
     policy_dir: Annotated[
         str | None,
         typer.Option(help="Directory of policy files, read again when they change; left out: the built-in ones."),
+    ] = None,
+    monitor_plan: Annotated[
+        str | None,
+        typer.Option(help="What to read of every response, as circuit discovery wrote it; left out: nothing."),
     ] = None,
     access: Annotated[
         str | None, typer.Option(help="YAML file of tenants and keys; left out: no keys, on loopback alone.")
@@ -158,6 +162,7 @@ def serve(
         "model": model,
         "packs": pack,
         "saes": sae,
+        "monitor_plan": monitor_plan,
         "host": host,
         "port": port,
         "drain_timeout_s": drain_timeout_s,
@@ -328,12 +333,17 @@ def info(target: Target = DEFAULT_TARGET) -> None:
         f"{server.num_requests_running} of {server.max_num_seqs} running, {server.num_requests_waiting} waiting",
     )
     table.add_row("model", f"{model.model_name} ({model.model_fingerprint[:12]})")
-    table.add_row("size", f"{model.n_layers} layers, d_model {model.d_model}, at most {model.max_model_len} tokens")
+    heads = f"{model.n_heads} heads of {model.d_head}"
+    table.add_row(
+        "size", f"{model.n_layers} layers of {heads}, d_model {model.d_model}, at most {model.max_model_len} tokens"
+    )
     for sae in model.saes:
         table.add_row("SAE", f"{sae.name}: {sae.d_sae} features at {sae.site}")
     for concept in model.concepts:
         table.add_row("concept", f"{concept.name}@{concept.version}: {concept.num_features} features at {concept.site}")
     table.add_row("policies", ", ".join(model.policies) or "none")
+    for entry in model.monitor_plan.entries:
+        table.add_row(f"monitor {model.monitor_plan.name}", f"{entry.name}: {entry.reading} at {entry.site}")
     Console().print(table)
 
 

@@ -255,6 +255,9 @@ class ServerConfig(BaseModel):
     policies: PolicyConfig = PolicyConfig()
     """Policies beside those that the packs are."""
 
+    monitor_plan: str | None = None
+    """File of a monitor plan: what is read of every response, see docs/circuits.md; None: nothing."""
+
     host: str = "127.0.0.1"
     """Address to listen on; others than loopback need keys and TLS, or ``access.insecure_bind``."""
 

@@ -120,8 +120,13 @@ def receipt_view(receipt: Receipt) -> RenderableType:
     rewinds = f"rewinds: {receipt.num_rewinds}, {receipt.num_rewound_tokens} tokens · " if receipt.num_rewinds else ""
     redacted = f"redacted: {receipt.num_redacted_tokens} tokens · " if receipt.num_redacted_tokens else ""
     summary = Text(f"receipt: {verdict} · {rewinds}{redacted}{plan}model {receipt.model_fingerprint[:12]}", "dim")
-    if not receipt.interventions:
-        return summary
+    tables: list[RenderableType] = [_intervention_table(receipt)] if receipt.interventions else []
+    if receipt.monitors:
+        tables.append(_monitor_table(receipt))
+    return Group(*tables, summary) if tables else summary
+
+
+def _intervention_table(receipt: Receipt) -> Table:
     table = Table("intervention", box=box.SIMPLE)
     for heading in ("in scope", "covered", "edited", "|Δx|/|x|", "max score"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -130,7 +135,18 @@ def receipt_view(receipt: Receipt) -> RenderableType:
         name = Text.assemble(entry.label, (f"\n{entry.source} at {entry.site}", "dim"), (overridden, "yellow"))
         counts = (entry.tokens_in_scope, entry.tokens_covered, entry.tokens_edited)
         table.add_row(name, *map(str, counts), f"{entry.mean_relative_edit:.3f}", f"{entry.max_activation:.2f}")
-    return Group(table, summary)
+    return table
+
+
+def _monitor_table(receipt: Receipt) -> Table:
+    table = Table("monitor", box=box.SIMPLE)
+    for heading in ("in scope", "covered", "mean score", "max score"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for entry in receipt.monitors:
+        name = Text.assemble(entry.label, (f"\n{entry.source} at {entry.site}", "dim"))
+        counts = (entry.tokens_in_scope, entry.tokens_covered)
+        table.add_row(name, *map(str, counts), f"{entry.mean_score:.2f}", f"{entry.max_score:.2f}")
+    return table
 
 
 def _colour(heat: float) -> str:

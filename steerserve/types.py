@@ -29,20 +29,25 @@ def _require(valid: bool, field: str, value: object, expected: str) -> None:
 class Stream(StrEnum):
     """Which activation of a layer. TransformerLens meaning: ``*_out`` is what is added to the residual.
 
-    Members stand in the order in which a layer computes them. ``mlp_in`` is what the MLP reads, behind its
-    norm; it is the input of transcoders.
+    Members stand in the order in which a layer computes them. ``attn_z`` is what the output projection of attention
+    reads: the heads side by side, ``[heads · d_head]``. ``mlp_in`` is what the MLP reads, behind its norm; it is the
+    input of transcoders.
     """
 
     RESID_PRE = "resid_pre"
+    ATTN_Z = "attn_z"
     ATTN_OUT = "attn_out"
     MLP_IN = "mlp_in"
     MLP_OUT = "mlp_out"
     RESID_POST = "resid_post"
 
 
+_STREAMS_INSIDE = {"attn.hook_z": Stream.ATTN_Z, "mlp.hook_in": Stream.MLP_IN}
+"""Those that TransformerLens names by the module they are in."""
+
 _SITE_PATTERNS = (
-    re.compile(r"blocks\.(?P<layer>\d+)\.hook_(?P<stream>(?!mlp(_in)?$)\w+)"),  # hook_mlp_in is the one before the norm
-    re.compile(r"blocks\.(?P<layer>\d+)\.(?P<stream>mlp)\.hook_in"),
+    re.compile(r"blocks\.(?P<layer>\d+)\.hook_(?P<stream>resid_pre|attn_out|mlp_out|resid_post)"),
+    re.compile(r"blocks\.(?P<layer>\d+)\.(?P<stream>attn\.hook_z|mlp\.hook_in)"),
     re.compile(r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(?P<layer>\d+)"),
 )
 
@@ -66,14 +71,12 @@ class Site:
         """
         for pattern in _SITE_PATTERNS:
             match = pattern.fullmatch(name)
-            if match is None:
-                continue
-            stream = match.groupdict().get("stream", Stream.RESID_POST)
-            stream = Stream.MLP_IN if stream == "mlp" else stream
-            if stream in set(Stream):
-                return cls(int(match["layer"]), Stream(stream))
-        streams = ", ".join(stream for stream in Stream if stream is not Stream.MLP_IN)
-        expected = f"'blocks.<layer>.hook_<stream>' with stream one of {streams}, 'blocks.<layer>.mlp.hook_in'"
+            if match is not None:
+                stream = match.groupdict().get("stream", Stream.RESID_POST)
+                return cls(int(match["layer"]), _STREAMS_INSIDE.get(stream) or Stream(stream))
+        streams = ", ".join(stream for stream in Stream if stream not in _STREAMS_INSIDE.values())
+        inside = ", ".join(f"'blocks.<layer>.{hook}'" for hook in _STREAMS_INSIDE)
+        expected = f"'blocks.<layer>.hook_<stream>' with stream one of {streams}, {inside}"
         raise InvalidRequestError(field, name, f"{expected}, or 'model.layers.<layer>'")
 
     def __lt__(self, other: Site) -> bool:
@@ -85,11 +88,12 @@ class Site:
         return self.layer, list(Stream).index(self.stream)
 
     def __str__(self) -> str:
-        return f"blocks.{self.layer}." + ("mlp.hook_in" if self.stream is Stream.MLP_IN else f"hook_{self.stream}")
+        inside = {stream: hook for hook, stream in _STREAMS_INSIDE.items()}
+        return f"blocks.{self.layer}.{inside.get(self.stream, f'hook_{self.stream}')}"
 
 
 class Op(StrEnum):
-    """What happens to a feature's activation f (or a direction's projection p)."""
+    """What happens to a feature's activation f (or a direction's projection p, or every value of a head's output)."""
 
     CLAMP = "clamp"
     """f' = v where f > 0 (everywhere with ``always``)."""
@@ -98,7 +102,7 @@ class Op(StrEnum):
     BLOCK = "block"
     """f' = 0; on a direction: project it out."""
     SCALE = "scale"
-    """f' = v·f."""
+    """f' = v·f; with ``BLOCK`` the only one for heads."""
     ADD = "add"
     """f' = f + v, everywhere; on a direction: x' = x + v·u, u the unit vector."""
     MONITOR = "monitor"
@@ -141,15 +145,57 @@ class ConceptTarget:
     concept: str
 
 
+_HEAD_PATTERN = re.compile(r"L(?P<layer>\d{1,4})H(?P<head>\d{1,4})")
+
+
+@dataclass(frozen=True)
+class HeadTarget:
+    """What one query head of one layer puts out, ``[d_head]``; only scaled or blocked, and never read as a whole.
+
+    ``str(head)`` is the name in pictures of circuits, e.g. ``L12H5``.
+    """
+
+    layer: int
+    head: int
+
+    @classmethod
+    def parse(cls, name: str, field: str = "head") -> HeadTarget:
+        """Read ``L<layer>H<head>``.
+
+        Raises:
+            InvalidRequestError: the name has another form.
+        """
+        match = _HEAD_PATTERN.fullmatch(name)
+        if match is None:
+            raise InvalidRequestError(field, name, "'L<layer>H<head>', both counted from 0, such as L12H5")
+        return cls(int(match["layer"]), int(match["head"]))
+
+    @property
+    def site(self) -> Site:
+        """Where it is edited."""
+        return Site(self.layer, Stream.ATTN_Z)
+
+    def __str__(self) -> str:
+        return f"L{self.layer}H{self.head}"
+
+
 @dataclass(frozen=True, eq=False)
 class DirectionTarget:
-    """The caller's own vector ``[d]`` at a site; its length is ignored, only its direction counts."""
+    """The caller's own vector at a site; its length is ignored, only its direction counts.
+
+    Attributes:
+        vector: as wide as the site. With a head, ``[d_head]`` is a direction of that head's output; ``[d_model]`` is
+            one of the residual stream, and what the head writes along it is read: z · (W_O u), ahead of any norm
+            behind attention. A vector that is both is taken as the former.
+        head: at ``attn_z``, the head that the vector is of; None: all of the site.
+    """
 
     site: Site
     vector: FloatArray
+    head: int | None = None
 
 
-Target = FeatureTarget | ConceptTarget | DirectionTarget
+Target = FeatureTarget | ConceptTarget | DirectionTarget | HeadTarget
 
 
 @dataclass(frozen=True)
@@ -157,7 +203,7 @@ class Gate:
     """Condition of an edit: it applies at the positions where the target's score exceeds ``threshold``.
 
     A feature's score is its activation, a concept's the weighted sum of its features', a direction's the
-    projection. It must be read at or before the site that is edited.
+    projection; a head alone has none. It must be read at or before the site that is edited.
     """
 
     target: Target
@@ -370,7 +416,7 @@ class GenerateRequest:
         prompt: text, token ids, or chat messages.
         steering: the request's own interventions, applied first.
         policies: names of server-side policies, applied last, on the edited activation.
-        return_activations: report each intervention's score at every position.
+        return_activations: report the score of each intervention, and of the server's monitors, at every position.
     """
 
     request_id: str
@@ -429,11 +475,32 @@ class InterventionReceipt:
 
 
 @dataclass(frozen=True)
+class MonitorReceipt:
+    """What one entry of the server's monitor plan read in one response.
+
+    Attributes:
+        source: ``monitor:<plan>``.
+        label: the entry's name.
+        tokens_in_scope: positions that were computed.
+        tokens_covered: positions at which the kernel reported having read it.
+        max_score, mean_score: over the positions it read; 0 if there are none.
+    """
+
+    source: str
+    label: str
+    site: Site
+    tokens_in_scope: int
+    tokens_covered: int
+    max_score: float
+    mean_score: float
+
+
+@dataclass(frozen=True)
 class Receipt:
     """Proof of what ran for one response.
 
     Attributes:
-        plan_hash: SHA-256 of the compiled plan; empty for an unsteered request.
+        plan_hash: SHA-256 of the compiled plan, the server's monitors included; empty where nothing is edited or read.
         model_fingerprint: hash of the served weights.
         packs: ``name@version`` → SHA-256 of the pack file, for every pack the plan uses.
         steered: true only if every intervention had positions in its scope and was covered at each; the edits of
@@ -442,6 +509,7 @@ class Receipt:
             interventions include what ran on these.
         num_cached_tokens: prompt positions taken from the prefix cache; the counts include what ran on them then.
         num_redacted_tokens: tokens that the client got ``REDACTED_TOKEN_ID`` for.
+        monitors: what the server's monitor plan read, entry by entry; they change nothing, and nothing depends on them.
     """
 
     plan_hash: str
@@ -454,6 +522,7 @@ class Receipt:
     num_rewound_tokens: int = 0
     num_cached_tokens: int = 0
     num_redacted_tokens: int = 0
+    monitors: tuple[MonitorReceipt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -520,15 +589,21 @@ def overall_verdict(verdicts: Iterable[Verdict]) -> VerdictKind:
     return max((verdict.kind for verdict in verdicts), key=list(VerdictKind).index, default=VerdictKind.ALLOW)
 
 
+NO_SCORES: FloatArray = np.zeros(0, dtype=np.float32)
+NO_SCORES.flags.writeable = False
+
+
 @dataclass(frozen=True)
 class PositionScores:
     """Scores of every intervention of the plan at one position (prompt positions included).
 
-    ``scores[i]`` belongs to ``receipt.interventions[i]``; NaN where it was out of scope.
+    ``scores[i]`` belongs to ``receipt.interventions[i]``; NaN where it was out of scope. ``monitors[i]`` belongs to
+    ``receipt.monitors[i]``.
     """
 
     position: int
     scores: FloatArray
+    monitors: FloatArray = field(default_factory=lambda: NO_SCORES)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 
 import torch
@@ -44,12 +45,14 @@ from steerserve.models.loading import LoadedModel
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.compiler import compile_plan, find_policies
 from steerserve.steering.limits import check_limits
+from steerserve.steering.monitors import NO_MONITORS, Monitors
+from steerserve.steering.packs import check_site, width_of
 from steerserve.steering.plan import Plan
 from steerserve.steering.policies import Policy
 from steerserve.steering.policy_set import PolicyChanges, PolicySet
 from steerserve.types import FinishReason, GenerateRequest, GuardAction, Site, SteeringSpec, StepOutput
 
-NO_ROOM = "room for the features of all policies, which no request may take: {}"
+NO_ROOM = "room for the features of all policies and monitors, which no request may take: {}"
 
 MAX_SCORES = 2**24
 """That one request may have reported, at 4 bytes each."""
@@ -61,12 +64,18 @@ class Engine:
     ``add_request``, ``abort`` and ``has_unfinished`` may be called from any thread; ``step`` from one.
 
     Attributes:
-        sites: those that can be steered.
+        sites: those that requests and policies can steer.
+        monitors: what is read of every request besides.
         num_preemptions: how often a running response lost its place.
     """
 
     def __init__(
-        self, model: LoadedModel, catalog: Catalog, config: EngineConfig, clock: Callable[[], float] = time.monotonic
+        self,
+        model: LoadedModel,
+        catalog: Catalog,
+        config: EngineConfig,
+        clock: Callable[[], float] = time.monotonic,
+        monitors: Monitors = NO_MONITORS,
     ) -> None:
         if config.max_model_len > model.max_context:
             expected = f"at most {model.max_context}, the context of {model.name}"
@@ -76,10 +85,11 @@ class Engine:
         self.model = model
         self.catalog = catalog
         self.config = config
+        self.monitors = monitors
         self._clock = clock
         self.sites = frozenset(_sites(model, catalog, config))
-        self._runner = ModelRunner(model, config, sorted(self.sites))
-        self._bank = FeatureBank(config.bank_capacity, model.d_model)
+        self._runner = ModelRunner(model, config, sorted(self.sites | monitors.sites))
+        self._bank = FeatureBank(config.bank_capacity, partial(width_of, model))
         splicer = self._runner.splicer
         self._readings = Readings(StepTables(splicer.buffers, splicer.scores, self._bank), self._cache_blocks)
         self._scheduler: Scheduler[Sequence] = Scheduler(
@@ -90,9 +100,11 @@ class Engine:
             max_model_len=config.max_model_len,
             prefix_caching=config.enable_prefix_caching,
         )
+        self._bare_plan = self._plan(SteeringSpec(), (), catalog)
+        self._scheduler.check_entries(most_entries(self._bare_plan))
         plans = [self._policy_plan(policy) for policy in catalog.policies.values()]
         try:
-            self._bank.pin([plan for plan in plans if plan is not None])
+            self._bank.pin([self._bare_plan, *(plan for plan in plans if plan is not None)])
         except (CapacityError, InvalidRequestError) as error:
             raise IncompatibleError("engine.bank_capacity", config.bank_capacity, NO_ROOM.format(error)) from error
         self.num_preemptions = 0
@@ -118,7 +130,9 @@ class Engine:
         check_token_ids(request.sampling, self.model.vocab_size)
         catalog = self.catalog  # the one in force now: what is compiled against it stays
         check_limits(request, find_policies(request.policies, catalog))
-        plan = compile_plan(request.steering, request.policies, catalog, self.sites)
+        steering = request.steering
+        asks = bool(steering.interventions or steering.guards or request.policies)
+        plan = self._plan(steering, request.policies, catalog) if asks else self._bare_plan
         if len(plan.scores) > SCORES_PER_TOKEN:
             expected = f"at most {SCORES_PER_TOKEN} gates and guards, equal gates counted once"
             raise InvalidRequestError("steering.guards", f"{len(plan.scores)} gates and guards", expected)
@@ -160,7 +174,7 @@ class Engine:
         with self._lock:
             changes = policies.changes_since(PolicySet(self.catalog.policy_files))
             try:
-                self._bank.pin([plan for plan in plans.values() if plan is not None])
+                self._bank.pin([self._bare_plan, *(plan for plan in plans.values() if plan is not None)])
             except InvalidRequestError as error:
                 raise PolicyError([f"all policies together: {error}"]) from error
             self.catalog = catalog
@@ -226,10 +240,13 @@ class Engine:
 
     # Admission.
 
+    def _plan(self, spec: SteeringSpec, policies: Items[str], catalog: Catalog) -> Plan:
+        return compile_plan(spec, policies, catalog, self.sites, self.monitors.edits)
+
     def _policy_plan(self, policy: Policy, catalog: Catalog | None = None) -> Plan | None:
         """What a policy alone comes to; None if its sites are not steered."""
         try:
-            plan = compile_plan(SteeringSpec(), (policy.tag,), catalog or self.catalog, self.sites)
+            plan = self._plan(SteeringSpec(), (policy.tag,), catalog or self.catalog)
             self._scheduler.check_entries(most_entries(plan))
         except IncompatibleError:
             return None
@@ -450,7 +467,7 @@ def _sites(model: LoadedModel, catalog: Catalog, config: EngineConfig) -> list[S
     if config.sites is not None:
         sites = {Site.parse(name, f"engine.sites[{index}]") for index, name in enumerate(config.sites)}
         for site in sites:
-            catalog.check_site(site, "engine.sites")
+            check_site(site, "engine.sites", model)
         return sorted(sites)
     if config.compile:
         return catalog.sites

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,11 +31,14 @@ class FeatureBank:
 
     A slot is written only while no plan holds it, so the kernel may read the others meanwhile.
     Callers serialise ``acquire``, ``release`` and ``pin``.
+
+    Args:
+        width: of the activation at a site.
     """
 
-    def __init__(self, capacity: int, d_model: int) -> None:
+    def __init__(self, capacity: int, width: Callable[[Site], int]) -> None:
         self._capacity = capacity
-        self._d_model = d_model
+        self._width = width
         self._sites: dict[Site, _SiteRows] = {}
         self._pinned: list[Plan] = []
 
@@ -93,7 +96,7 @@ class FeatureBank:
 
     def _at(self, site: Site) -> _SiteRows:
         if site not in self._sites:
-            self._sites[site] = self._allocate()
+            self._sites[site] = self._allocate(self._width(site))
         return self._sites[site]
 
     @property
@@ -127,18 +130,18 @@ class FeatureBank:
                     del rows.holders[key]
                     rows.free.append(rows.slot.pop(key))
 
-    def _allocate(self) -> _SiteRows:
+    def _allocate(self, width: int) -> _SiteRows:
         def buffer(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float32)
 
-        size, d_model = self._capacity, self._d_model
+        size = self._capacity
         arrays = SiteBank(
-            W_enc=buffer(size, d_model),
+            W_enc=buffer(size, width),
             b_enc=buffer(size),
             threshold=buffer(size),
             max_norm=buffer(size),
             normalization=torch.full((size,), Normalization.NONE, dtype=torch.uint8),
-            W_dec=buffer(size, d_model),
+            W_dec=buffer(size, width),
         )
         return _SiteRows(arrays, free=list(range(size - 1, -1, -1)))
 

@@ -68,7 +68,7 @@ def unproven(plan: Plan, receipt: Receipt) -> DetectorError | None:
     """
     missing = [
         f"{planned.source}: {planned.label}"
-        for planned, entry in zip(plan.interventions, receipt.interventions, strict=True)
+        for planned, entry in zip(plan.interventions[plan.num_monitors :], receipt.interventions, strict=True)
         if planned.stage is Stage.POLICY and not planned.fail_open and entry.tokens_covered < entry.tokens_in_scope
     ]
     if not missing:

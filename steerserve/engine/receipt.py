@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from steerserve.steering.plan import DoubleArray, IntArray, Plan, Segments
-from steerserve.types import FloatArray, InterventionReceipt, Receipt
+from steerserve.types import FloatArray, InterventionReceipt, MonitorReceipt, Receipt
 
 SMALLEST_NORM = np.finfo(np.float32).tiny
 """Stands for a norm of 0; x is not 0 where it was edited to be."""
@@ -41,7 +41,7 @@ class Tally:
         self._waits_for_rewind = np.ones(len(plan.interventions), dtype=bool)
         for part in plan.sites:
             self._waits_for_rewind[part.intervention] = False
-        self._sums = np.zeros((4, len(plan.interventions)))
+        self._sums = np.zeros((5, len(plan.interventions)))
         self._max_score = np.full(len(plan.interventions), np.nan, dtype=np.float32)
 
     def record(self, intervention: IntArray, sums: DoubleArray, max_score: FloatArray) -> None:
@@ -49,7 +49,8 @@ class Tally:
 
         Args:
             intervention: ``[s]``.
-            sums: ``[4, s]`` positions in scope, those the kernel ran on, those it edited, and Σ |x' − x| / |x|.
+            sums: ``[5, s]`` positions in scope, those the kernel ran on, those it edited, Σ |x' − x| / |x|, and the sum
+                of the finite scores.
             max_score: ``[s]``; NaN if no score was a number.
         """
         self._sums[:, intervention] += sums
@@ -59,13 +60,14 @@ class Tally:
         self, model_fingerprint: str, num_rewinds: int = 0, num_rewound_tokens: int = 0, num_cached_tokens: int = 0
     ) -> Receipt:
         """The proof so far."""
-        plan = self._plan
-        in_scope, covered, edited, relative_edit = self._sums
+        plan, first = self._plan, self._plan.num_monitors
+        in_scope, covered, edited, relative_edit = self._sums[:4, first:]
         counts = (count.astype(np.int64).tolist() for count in (in_scope, covered, edited))
         mean_edit = relative_edit / np.maximum(edited, 1)
-        max_activation = np.where(covered > 0, self._max_score, 0.0)
-        idle = (in_scope == 0) & self._waits_for_rewind & (num_rewinds == 0)
-        lines = zip(plan.interventions, *counts, mean_edit.tolist(), max_activation.tolist(), strict=True)
+        max_activation = np.where(covered > 0, self._max_score[first:], 0.0)
+        idle = (in_scope == 0) & self._waits_for_rewind[first:] & (num_rewinds == 0)
+        asked = plan.interventions[first:]
+        lines = zip(asked, *counts, mean_edit.tolist(), max_activation.tolist(), strict=True)
         return Receipt(
             plan_hash=plan.hash,
             model_fingerprint=model_fingerprint,
@@ -77,11 +79,21 @@ class Tally:
                 )
                 for planned, scope, ran, moved, mean, peak in lines
             ),
-            steered=bool(plan.interventions) and bool((idle | ((in_scope > 0) & (covered == in_scope))).all()),
+            steered=bool(asked) and bool((idle | ((in_scope > 0) & (covered == in_scope))).all()),
             num_rewinds=num_rewinds,
             num_rewound_tokens=num_rewound_tokens,
             num_cached_tokens=num_cached_tokens,
+            monitors=tuple(self._monitors()),
         )
+
+    def _monitors(self) -> Iterator[MonitorReceipt]:
+        for index, planned in enumerate(self._plan.interventions[: self._plan.num_monitors]):
+            in_scope, covered, _, _, total = self._sums[:, index].tolist()
+            largest = float(self._max_score[index]) if covered else 0.0
+            mean = total / max(covered, 1.0)
+            yield MonitorReceipt(
+                planned.source, planned.label, planned.site, int(in_scope), int(covered), largest, mean
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,11 +131,13 @@ class Account:
         # Per position and stage, not per entry: many entries share a norm.
         inverse = np.where(x_norm >= 0, 1.0 / np.maximum(x_norm.astype(np.float64), SMALLEST_NORM), 0.0)
         edits = edit[:, self._segments.entries]
-        sums = np.empty((4, len(self._norm_column)))
+        sums = np.empty((5, len(self._norm_column)))
         sums[0] = len(x_norm)
         sums[1] = covered.sum(axis=0)[self._norm_column]
         sums[2] = (edits != 0).any(axis=1).sum(axis=0)
         sums[3] = np.einsum("ns,ns->s", _lengths(self._segments.gram, edits), inverse[:, self._norm_column])
-        max_score = np.fmax.reduce(scores(self._segments, activation), axis=0)
+        scored = scores(self._segments, activation)
+        max_score = np.fmax.reduce(scored, axis=0)
+        sums[4] = np.where(np.isfinite(scored), scored, 0.0).sum(axis=0, dtype=np.float64)
         for share, of_share in self._shares:
             tallies[share.row].record(share.segments.intervention, sums[:, of_share], max_score[of_share])

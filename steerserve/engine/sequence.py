@@ -145,12 +145,12 @@ class Sequence:
 
     @property
     def reports_scores(self) -> bool:
-        """The client wants every intervention's score at every position."""
+        """The client wants the score of every intervention and monitor at every position."""
         return self.request.return_activations and self.num_interventions > 0
 
     @property
     def num_interventions(self) -> int:
-        """Interventions of its plan."""
+        """Interventions of its plan, monitors included."""
         return len(self.plan.interventions)
 
     @property
@@ -275,7 +275,10 @@ class Sequence:
 
     def add_scores(self, start: int, scored: FloatArray) -> None:
         """Scores ``[n, interventions]`` of the positions from ``start``."""
-        self._scores.extend(PositionScores(start + index, line) for index, line in enumerate(scored))
+        first = self.plan.num_monitors
+        self._scores.extend(
+            PositionScores(start + index, line[first:], line[:first]) for index, line in enumerate(scored)
+        )
 
     def take_scores(self, num_judged: int) -> tuple[PositionScores, ...]:
         """The scores of positions whose tokens may go out now that the first ``num_judged`` passed; each once."""

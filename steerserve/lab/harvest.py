@@ -26,6 +26,7 @@ from steerserve.lab.manifest import DTYPES, Manifest, ShardRecord
 from steerserve.lab.tokens import pack_contexts
 from steerserve.models.loading import LoadedModel
 from steerserve.sae.formats.whole import written_whole
+from steerserve.steering.packs import width_of
 from steerserve.types import Site
 
 TOKENS_PER_SHARD = 2**18
@@ -101,6 +102,8 @@ def _check(model: LoadedModel, config: HarvestConfig) -> None:
     for site in config.sites:
         if site.layer >= model.n_layers:
             raise IncompatibleError("site", str(site), f"a layer below {model.n_layers}, as {model.name} has")
+        if width_of(model, site) != model.d_model:
+            raise IncompatibleError("site", str(site), f"a site as wide as the residual stream, {model.d_model}")
     if not config.sites or len(set(config.sites)) < len(config.sites):
         raise InvalidRequestError("site", ", ".join(map(str, config.sites)), "at least one site, each given once")
     longest = min(model.max_context, torch.iinfo(torch.int16).max)

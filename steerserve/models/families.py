@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from steerserve.errors import IncompatibleError
 from steerserve.types import Site, Stream
@@ -67,6 +68,12 @@ class FamilyAdapter:
         """The output projection of every layer's attention: its input is ``[B, T, heads · head_dim]``."""
         return [layer.get_submodule(self.out_proj) for layer in self.layers(model)]
 
+    def out_weight(self, model: PreTrainedModel, layer: int) -> Tensor:
+        """``[heads · head_dim, d_model]``: what the output projection makes of the heads, side by side; a view."""
+        projection = self.out_projections(model)[layer]
+        weight = projection.get_parameter("weight").detach()
+        return weight if isinstance(projection, Conv1D) else weight.T  # Conv1D keeps it that way round
+
     def hook_point(self, model: PreTrainedModel, site: Site) -> HookPoint:
         """The module that carries ``site``; the layer must exist."""
         layer = self.layers(model)[site.layer]
@@ -75,6 +82,8 @@ class FamilyAdapter:
                 return HookPoint(layer, "input")
             case Stream.RESID_POST:
                 return HookPoint(layer, "output")
+            case Stream.ATTN_Z:
+                return HookPoint(layer.get_submodule(self.out_proj), "input")
             case Stream.ATTN_OUT:
                 return HookPoint(layer.get_submodule(self.attn_out), "output")
             case Stream.MLP_IN:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -47,6 +49,22 @@ class LoadedModel:
     vocab_size: int
     max_context: int
     eos_token_ids: frozenset[int]
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads of a layer."""
+        return int(self.model.config.num_attention_heads)
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head's output."""
+        return int(getattr(self.model.config, "head_dim", None) or self.d_model // self.n_heads)
+
+    def head_writes(self, layer: int, head: int) -> npt.NDArray[np.float32]:
+        """``[d_head, d_model]``: what a head's output becomes in the residual stream, ahead of any norm there."""
+        rows = slice(head * self.d_head, (head + 1) * self.d_head)
+        writes: npt.NDArray[np.float32] = self.adapter.out_weight(self.model, layer)[rows].float().numpy()
+        return writes
 
 
 def load_model(path_or_id: str, dtype: torch.dtype) -> LoadedModel:

@@ -35,6 +35,7 @@ from steerserve.serving.policy_servicer import PolicyServicer
 from steerserve.serving.service import Caller, Service
 from steerserve.serving.servicer import Context, GenerationServicer
 from steerserve.steering.catalog import ASSETS, Catalog
+from steerserve.steering.monitors import NO_MONITORS, read_monitors
 from steerserve.steering.pack_files import load_pack
 from steerserve.types import GenerateRequest, SamplingParams
 from steerserve.v1 import generation_pb2, generation_pb2_grpc, policy_pb2, policy_pb2_grpc
@@ -56,17 +57,20 @@ _MAX_STREAMS = 1024
 
 
 def load_engine(config: ServerConfig, engine_config: EngineConfig) -> Engine:
-    """Load the model, pulling it first if need be, and everything that requests may name.
+    """Load the model, pulling it first if need be, everything that requests may name, and what to monitor.
 
     Raises:
-        AssetError: a model, SAE or pack is missing or damaged.
+        AssetError: a model, SAE, pack or monitor plan is missing or damaged.
         PolicyError: a policy file is wrong.
-        IncompatibleError: a pack or SAE that was asked for by name does not fit the model.
+        IncompatibleError: the monitor plan, or a pack or SAE that was asked for by name, does not fit the model.
+        InvalidRequestError: the monitor plan names what is not loaded.
     """
     model = load_model(resolve_model(config.model), getattr(torch, engine_config.dtype))
     packs = _built_in_packs(model) if config.packs is None else config.packs
     saes = _built_in_saes(model) if config.saes is None else config.saes
-    engine = Engine(model, Catalog.load(model, packs, saes), engine_config)
+    catalog = Catalog.load(model, packs, saes)
+    monitors = NO_MONITORS if config.monitor_plan is None else read_monitors(Path(config.monitor_plan), catalog)
+    engine = Engine(model, catalog, engine_config, monitors=monitors)
     PolicyFiles(engine, config.policies).reload()
     if engine_config.compile:
         _log.info("compiling %s", model.name)

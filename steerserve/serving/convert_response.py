@@ -14,6 +14,7 @@ from steerserve.types import (
     FinishReason,
     GuardEvent,
     InterventionReceipt,
+    MonitorReceipt,
     PositionScores,
     Receipt,
     Site,
@@ -28,6 +29,7 @@ from steerserve.v1 import generation_pb2, receipt_pb2, verdict_pb2
 
 if TYPE_CHECKING:  # torch: a client needs none
     from steerserve.engine.engine import Engine
+    from steerserve.steering.monitors import Monitors
 
 _FINISH_REASONS = {generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in FinishReason}
 _VERDICT_KINDS = {verdict_pb2.VerdictKind.Value(f"VERDICT_KIND_{kind.name}"): kind for kind in VerdictKind}
@@ -85,6 +87,9 @@ def receipt_to_proto(receipt: Receipt) -> receipt_pb2.Receipt:
             receipt_pb2.InterventionReceipt(**(vars(entry) | {"site": str(entry.site)}))
             for entry in receipt.interventions
         ],
+        monitors=[
+            receipt_pb2.MonitorReceipt(**(vars(entry) | {"site": str(entry.site)})) for entry in receipt.monitors
+        ],
     )
 
 
@@ -113,6 +118,18 @@ def receipt_from_proto(message: receipt_pb2.Receipt) -> Receipt:
                 overridden_by=tuple(entry.overridden_by),
             )
             for entry in message.interventions
+        ),
+        monitors=tuple(
+            MonitorReceipt(
+                source=entry.source,
+                label=entry.label,
+                site=Site.parse(entry.site),
+                tokens_in_scope=entry.tokens_in_scope,
+                tokens_covered=entry.tokens_covered,
+                max_score=entry.max_score,
+                mean_score=entry.mean_score,
+            )
+            for entry in message.monitors
         ),
     )
 
@@ -144,6 +161,31 @@ def model_info_to_proto(engine: Engine) -> generation_pb2.GetModelInfoResponse:
             for pack in catalog.packs.values()
         ],
         policies=[policy.tag for policy in catalog.policies.values()],
+        n_heads=model.n_heads,
+        d_head=model.d_head,
+        monitor_plan=_monitors_to_proto(engine.monitors),
+    )
+
+
+def _monitors_to_proto(monitors: Monitors) -> generation_pb2.MonitorPlanInfo | None:
+    plan = monitors.plan
+    if plan is None:
+        return None
+    return generation_pb2.MonitorPlanInfo(
+        name=plan.name,
+        behaviour=plan.behaviour,
+        entries=[
+            generation_pb2.MonitorInfo(
+                name=entry.name,
+                site=str(edit.target.site),
+                reading=edit.target.label,
+                frequency=entry.frequency,
+                specificity=entry.specificity,
+            )
+            for entry, edit in zip(plan.entries, monitors.edits, strict=True)
+        ],
+        provenance_json=plan.provenance.model_dump_json(),
+        protocol_json=json.dumps(plan.protocol),
     )
 
 
@@ -169,7 +211,12 @@ def _output_from_proto(
         token_ids=tuple(message.token_ids.ids),
         text=message.text,
         scores=tuple(
-            PositionScores(scores.position, np.array(scores.scores, dtype=np.float32)) for scores in message.scores
+            PositionScores(
+                scores.position,
+                np.array(scores.scores, dtype=np.float32),
+                np.array(scores.monitors, dtype=np.float32),
+            )
+            for scores in message.scores
         ),
         logprobs=tuple(
             TokenLogprobs(entry.logprob, entry.rank, tuple((top.token_id, top.logprob) for top in entry.top))
@@ -257,4 +304,4 @@ def _logprobs_to_proto(logprobs: Iterable[TokenLogprobs]) -> list[generation_pb2
 
 
 def _scores_to_proto(scores: Iterable[PositionScores]) -> list[receipt_pb2.PositionScores]:
-    return [receipt_pb2.PositionScores(position=at.position, scores=at.scores) for at in scores]
+    return [receipt_pb2.PositionScores(position=at.position, scores=at.scores, monitors=at.monitors) for at in scores]

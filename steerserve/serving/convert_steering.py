@@ -17,6 +17,7 @@ from steerserve.types import (
     Gate,
     Guard,
     GuardAction,
+    HeadTarget,
     Intervention,
     Op,
     Phase,
@@ -176,9 +177,17 @@ def _target_from_proto(message: TargetMessage, path: str) -> Target:
                 f"{num_bytes} bytes",
                 "little-endian float32 values, 4 bytes each",
             )
-            return DirectionTarget(site, np.frombuffer(message.direction.vector, dtype="<f4").astype(np.float32))
+            vector = np.frombuffer(message.direction.vector, dtype="<f4").astype(np.float32)
+            head = message.direction.head if message.direction.HasField("head") else None
+            return DirectionTarget(site, vector, head)
+        case "head":
+            assert isinstance(message, pb.Intervention)
+            for part in ("layer", "head"):
+                expect(message.head.HasField(part), f"{path}.head.{part}", None, f"the index of a {part}")
+            return HeadTarget(message.head.layer, message.head.head)
         case _:
-            raise InvalidRequestError(f"{path}.target", None, "one of feature, concept or direction")
+            choices = ", ".join(field.name for field in message.DESCRIPTOR.oneofs_by_name["target"].fields)
+            raise InvalidRequestError(f"{path}.target", None, f"one of {choices}")
 
 
 def _write_target(target: Target, message: TargetMessage, path: str) -> None:
@@ -188,9 +197,17 @@ def _write_target(target: Target, message: TargetMessage, path: str) -> None:
             message.feature.feature = bounded(feature, f"{path}.feature.feature", 0, _UINT32_MAX)
         case ConceptTarget(concept):
             message.concept = concept
-        case DirectionTarget(site, vector):
+        case DirectionTarget(site, vector, head):
             message.direction.site = str(site)
             message.direction.vector = np.asarray(vector, dtype="<f4").tobytes()
+            if head is not None:
+                message.direction.head = bounded(head, f"{path}.direction.head", 0, _UINT32_MAX)
+        case HeadTarget(layer, head):
+            expected = "a direction of the head to read: a head alone has no score"
+            expect(isinstance(message, pb.Intervention), f"{path}.target", f"head {target}", expected)
+            assert isinstance(message, pb.Intervention)
+            message.head.layer = bounded(layer, f"{path}.head.layer", 0, _UINT32_MAX)
+            message.head.head = bounded(head, f"{path}.head.head", 0, _UINT32_MAX)
 
 
 def _threshold(message: pb.Gate | pb.Guard, path: str) -> float:

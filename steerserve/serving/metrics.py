@@ -86,6 +86,9 @@ class Metrics:
             self._rewinds.inc(receipt.num_rewinds)
             self._rewound.inc(receipt.num_rewound_tokens)
             self._redacted.inc(receipt.num_redacted_tokens)
+            for monitor in receipt.monitors:
+                if monitor.tokens_covered and math.isfinite(monitor.max_score):
+                    self._monitor_scores.labels(monitor.label).observe(monitor.max_score)
             for policy, edit in policy_edits(receipt):
                 self._edited.labels(self._policy(policy)).inc(edit.tokens_edited)
                 if math.isfinite(edit.max_activation):  # it is not where nothing was in scope
@@ -134,6 +137,9 @@ class Metrics:
             _SCORES,
             "policy",
             "edit",
+        )
+        self._monitor_scores = self._histogram(
+            "monitor_score", "Largest score in a response that an entry of the monitor plan read.", _SCORES, "entry"
         )
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:

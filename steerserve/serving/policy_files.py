@@ -76,7 +76,7 @@ class PolicyFiles:
     def _read(self) -> PolicySet:
         packs = self._engine.catalog.packs
         if self._directory is not None:
-            return PolicySet.read(self._directory, packs)
+            return PolicySet.read(self._directory, packs, self._engine.model)
         sites = self._engine.sites
         return PolicySet.built_in({name: pack for name, pack in packs.items() if sites.issuperset(pack.sites)})
 

@@ -7,6 +7,8 @@ An intervention:
     TARGET  CONCEPT                       profanity
             SAE/FEATURE                   smollm2-l14/1234
             direction:FILE.npy@SITE       direction:calm.npy@blocks.14.hook_resid_post
+            direction:FILE.npy@HEAD       direction:calm.npy@L12H5
+            HEAD                          L12H5, for scale and block alone
     OP      clamp | clamp_always | clip | block | scale | add | monitor
     VALUE   a number, or a multiple of the recorded maximum activation: 2.5, -1x
     PHASE   all (default) | prompt | generated
@@ -39,6 +41,7 @@ from steerserve.types import (
     Gate,
     Guard,
     GuardAction,
+    HeadTarget,
     Intervention,
     Op,
     Phase,
@@ -62,6 +65,7 @@ _GUARD = re.compile(
     r"(?P<target>.+?)>(?P<threshold>[^>=]*)=(?P<action>\w+)(?::(?P<tokens>\d{1,9})(?:\*(?P<retries>\d{1,9}))?)?"
     r"(?:@(?P<phase>\w+))?(?: with (?P<edits>.+?)(?: else (?P<otherwise>\w+))?)?"
 )
+_HEAD = re.compile(r"L\d+H\d+")
 _CLAMP_ALWAYS = "clamp_always"
 _OP_NAMES = (*Op, _CLAMP_ALWAYS)
 
@@ -152,10 +156,14 @@ def _parse_threshold(text: str, field: str) -> float:
 
 def _parse_target(text: str, field: str) -> Target:
     if text.startswith("direction:"):
-        path, separator, site = text.removeprefix("direction:").rpartition("@")
+        path, separator, place = text.removeprefix("direction:").rpartition("@")
         if not (path and separator):
-            raise InvalidRequestError(f"{field} (target)", text, "direction:FILE.npy@SITE")
-        return DirectionTarget(Site.parse(site, f"{field} (site)"), _load_vector(Path(path), field))
+            raise InvalidRequestError(f"{field} (target)", text, "direction:FILE.npy@SITE or direction:FILE.npy@HEAD")
+        head = HeadTarget.parse(place, f"{field} (head)") if _HEAD.fullmatch(place) else None
+        site = Site.parse(place, f"{field} (site)") if head is None else head.site
+        return DirectionTarget(site, _load_vector(Path(path), field), None if head is None else head.head)
+    if _HEAD.fullmatch(text):
+        return HeadTarget.parse(text, f"{field} (head)")
     sae, separator, feature = text.rpartition("/")
     if not separator:
         return ConceptTarget(text)

@@ -18,7 +18,7 @@ from steerserve.errors import AssetError, IncompatibleError, InvalidRequestError
 from steerserve.sae.model import SAE
 from steerserve.sae.registry import load_sae
 from steerserve.steering.pack_files import load_pack
-from steerserve.steering.packs import ConceptPack, ModelFacts
+from steerserve.steering.packs import ConceptPack, ModelFacts, width_of
 from steerserve.steering.policies import Policy, policy_of
 from steerserve.types import Site
 
@@ -104,17 +104,6 @@ class Catalog:
             raise InvalidRequestError(field, name, f"the loaded version, {policy.tag}")
         return policy
 
-    def check_site(self, site: Site, field: str) -> None:
-        """Refuse a site that the model does not have.
-
-        Raises:
-            IncompatibleError: the layer is outside the model.
-        """
-        if not 0 <= site.layer < self.model.n_layers:
-            raise IncompatibleError(
-                field, str(site), f"a layer from 0 to {self.model.n_layers - 1}: {self.model.name} has no other"
-            )
-
 
 def _directory(name: str, kind: str) -> Path:
     for directory in (Path(name), ASSETS / kind / name):
@@ -143,9 +132,9 @@ def check_sae(sae: SAE, model: ModelFacts) -> None:
     if trained_on != model.fingerprint:
         expected = f"the fingerprint of the served {model.name}, {model.fingerprint}"
         raise IncompatibleError("sae.metadata.model_fingerprint", trained_on, expected)
-    for field, width in (("sae.d_in", sae.d_in), ("sae.d_out", sae.d_out)):
-        if width != model.d_model:
-            raise IncompatibleError(field, width, f"{model.d_model}, the width of {model.name}")
+    for field, width, site in (("sae.d_in", sae.d_in, sae.site), ("sae.d_out", sae.d_out, sae.out_site)):
+        if width != width_of(model, site):
+            raise IncompatibleError(field, width, f"{width_of(model, site)}, the width of {model.name} at {site}")
     for field, site in (("sae.site", sae.site), ("sae.out_site", sae.out_site)):
         if site.layer >= model.n_layers:
             raise IncompatibleError(field, str(site), f"a layer below {model.n_layers}, as {model.name} has")

@@ -61,11 +61,18 @@ NumberedEdit = tuple[int, Edit]
 """An edit and its index in ``Plan.interventions``."""
 
 
-def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog, sites: Set[Site] | None = None) -> Plan:
-    """Compile for the catalog's model; an empty spec without policies gives the empty plan.
+def compile_plan(
+    spec: SteeringSpec,
+    policies: Sequence[str],
+    catalog: Catalog,
+    sites: Set[Site] | None = None,
+    monitors: Sequence[Edit] = (),
+) -> Plan:
+    """Compile for the catalog's model; an empty spec without policies and monitors gives the empty plan.
 
     Args:
         sites: those that can be steered; None: all.
+        monitors: what the server reads besides, at any site; no limit of a request counts it.
 
     Raises:
         InvalidRequestError: unknown names, bad values, a feature edited twice in one stage, a gate behind its edit,
@@ -79,7 +86,9 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog, 
     ]
     guards = [compile_guard(guard, i, f"steering.guards[{i}]", catalog) for i, guard in enumerate(spec.guards)]
     named = find_policies(policies, catalog)
-    bound = [bind_policy(policy, catalog.packs, f"policies[{index}]") for index, policy in enumerate(named)]
+    bound = [
+        bind_policy(policy, catalog.packs, catalog.model, f"policies[{index}]") for index, policy in enumerate(named)
+    ]
     rules = [watch for policy in bound for watch in policy.watches]
     enforced = without_repeats(edit for policy in bound for edit in policy.edits)
     rewinding = refuse_second_rewind([*rules, *guards])
@@ -92,21 +101,22 @@ def compile_plan(spec: SteeringSpec, policies: Sequence[str], catalog: Catalog, 
     gates = _gates([*asked, *own_rewound])
     watches = [*guards, *rules]
     scored = (*gates.values(), *(watch.monitor for watch in watches))
-    monitors = [replace(monitor, score=index) for index, monitor in enumerate(scored)]
+    detectors = [replace(monitor, score=index) for index, monitor in enumerate(scored)]
     num_own = len(gates) + len(guards)
-    front = [*_gated(asked, gates), *monitors[:num_own], *_gated(own_rewound, gates)]
-    edits = [*front, *enforced, *monitors[num_own:], *(edit for edit in rewound if edit.stage is Stage.POLICY)]
-    refuse_other_sites(edits, sites)
-    refuse_large_plan(edits)
+    front = [*monitors, *_gated(asked, gates), *detectors[:num_own], *_gated(own_rewound, gates)]
+    edits = [*front, *enforced, *detectors[num_own:], *(edit for edit in rewound if edit.stage is Stage.POLICY)]
+    refuse_other_sites(edits[len(monitors) :], sites)
+    refuse_large_plan(edits[len(monitors) :])
     last = len(front) if own_rewound else len(edits)
     plan = Plan(
         interventions=tuple(_planned(edit, enforced) for edit in edits),
         levels=_levels(edits, range(last - len(rewound), last), rewinding),
         scores=tuple(_planned_scores(edits)),
-        guards=tuple(_planned_guards(watches, monitors[len(gates) :])),
+        guards=tuple(_planned_guards(watches, detectors[len(gates) :])),
         policies=tuple(policy.tag for policy in named),
         packs={pack.tag: pack.sha256 for edit in edits if (pack := edit.target.pack) is not None},
         hash="",
+        num_monitors=len(monitors),
     )
     return replace(plan, hash=plan_hash(plan)) if edits else plan
 

@@ -15,7 +15,19 @@ from steerserve.errors import InvalidRequestError
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.plan import FeatureKey, Stage
 from steerserve.steering.targets import ResolvedTarget, resolve_edited, resolve_read
-from steerserve.types import DirectionTarget, Gate, Guard, GuardAction, Intervention, Op, Phase, Rewind, Site, Unit
+from steerserve.types import (
+    DirectionTarget,
+    Gate,
+    Guard,
+    GuardAction,
+    HeadTarget,
+    Intervention,
+    Op,
+    Phase,
+    Rewind,
+    Site,
+    Unit,
+)
 
 TAKES_VALUE = frozenset({Op.CLAMP, Op.CLIP, Op.SCALE, Op.ADD})
 TAKES_MAX_ACTIVATION = frozenset({Op.CLAMP, Op.CLIP, Op.ADD})
@@ -198,6 +210,9 @@ def check_op(intervention: Intervention, path: str) -> None:
         InvalidRequestError: names the term.
     """
     op = intervention.op
+    if isinstance(intervention.target, HeadTarget) and op not in (Op.SCALE, Op.BLOCK):
+        expected = "scale or block: a head has no activation of its own; a direction of it has"
+        raise InvalidRequestError(f"{path}.op", str(op), expected)
     if op is Op.CLAMP and isinstance(intervention.target, DirectionTarget):
         raise InvalidRequestError(f"{path}.op", str(op), "add, clip, block, scale or monitor: a direction has no clamp")
     if intervention.always and op is not Op.CLAMP:

@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from steerserve.errors import IncompatibleError, InvalidRequestError
 from steerserve.steering.plan import FeatureRows
-from steerserve.types import FloatArray, Op, Phase, Site, Stream
+from steerserve.types import FloatArray, HeadTarget, Op, Phase, Site, Stream
 
 
 def _canonical_site(name: str) -> str:
@@ -31,9 +31,17 @@ def _canonical_site(name: str) -> str:
     return str(site)
 
 
+def _canonical_head(name: str) -> str:
+    try:
+        return str(HeadTarget.parse(name))
+    except InvalidRequestError as error:
+        raise ValueError(f"expected {error.expected}") from error
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SiteName = Annotated[str, AfterValidator(_canonical_site)]
+HeadName = Annotated[str, AfterValidator(_canonical_head)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -169,6 +177,39 @@ class ModelFacts(Protocol):
     def d_model(self) -> int: ...
     @property
     def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+    def head_writes(self, layer: int, head: int) -> FloatArray:
+        """``[d_head, d_model]``: what a head's output becomes in the residual stream."""
+
+
+def width_of(model: ModelFacts, site: Site) -> int:
+    """Of the activation at a site."""
+    return model.n_heads * model.d_head if site.stream is Stream.ATTN_Z else model.d_model
+
+
+def check_site(site: Site, field: str, model: ModelFacts) -> None:
+    """Refuse a site that the model does not have.
+
+    Raises:
+        IncompatibleError: the layer is outside the model.
+    """
+    if not 0 <= site.layer < model.n_layers:
+        expected = f"a layer from 0 to {model.n_layers - 1}: {model.name} has no other"
+        raise IncompatibleError(field, str(site), expected)
+
+
+def check_head(head: HeadTarget, field: str, model: ModelFacts) -> None:
+    """Refuse a head that no layer of the model has.
+
+    Raises:
+        IncompatibleError: it is outside the model.
+    """
+    if not 0 <= head.head < model.n_heads:
+        expected = f"a head from 0 to {model.n_heads - 1}: {model.name} has no other"
+        raise IncompatibleError(field, str(head), expected)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,9 +276,9 @@ class ConceptPack:
         if self.card.model.fingerprint != model.fingerprint:
             made_on, served = self.card.model, f"the fingerprint of the served {model.name}, {model.fingerprint}"
             raise IncompatibleError("pack.model.fingerprint", f"{made_on.fingerprint} ({made_on.name})", served)
-        if self.tensors.W_enc.shape[1] != model.d_model:
-            expected = f"[k, {model.d_model}], the width of {model.name}"
-            raise IncompatibleError("pack.W_enc", list(self.tensors.W_enc.shape), expected)
         for site in self.sites:
+            if self.tensors.W_enc.shape[1] != width_of(model, site):
+                expected = f"[k, {width_of(model, site)}], the width of {model.name} at {site}"
+                raise IncompatibleError("pack.W_enc", list(self.tensors.W_enc.shape), expected)
             if site.layer >= model.n_layers:
                 raise IncompatibleError("pack.sites", str(site), f"a layer below {model.n_layers}")

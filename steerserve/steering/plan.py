@@ -168,8 +168,10 @@ class Plan:
     """Everything the engine needs to run and to account for one request's steering.
 
     Attributes:
-        interventions: the request's in their order, then what its gates and guards read and the edits of its
-            rewinds, then the policies' edits, what these read, and the edits of their rewinds.
+        interventions: the server's monitors, then the request's in their order, then what its gates and guards read
+            and the edits of its rewinds, then the policies' edits, what these read, and the edits of their rewinds.
+        num_monitors: how many of them are the server's monitors. These come first, so that they have the same indices
+            in every plan and requests share cached prefixes as if there were none.
         levels: what to do at each site; ``levels[r]`` is in force from the position of the r-th rewind on.
             All levels have the same gates and guards.
         hash: SHA-256 of everything above the wire's names; empty for the empty plan.
@@ -182,6 +184,7 @@ class Plan:
     policies: tuple[str, ...]
     packs: dict[str, str]
     hash: str
+    num_monitors: int = 0
     _effective_digests: dict[tuple[int, Phase, bool], bytes] = field(default_factory=dict, init=False, repr=False)
 
     @property

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from steerserve.steering.packs import ConceptPack, Name
+from steerserve.steering.packs import ConceptPack, HeadName, Name
 from steerserve.strict_yaml import parse_yaml, read_yaml
 from steerserve.types import MAX_REWIND_RETRIES, MAX_REWIND_TOKENS, GuardAction, Op, Phase, Rewind, Unit
 
@@ -40,12 +40,17 @@ class _Strict(BaseModel):
 
 
 class RuleEdit(_Strict):
-    """An edit of the concept's rows, with the terms of a request's ``Intervention``."""
+    """An edit of the concept's rows, or of attention heads in their place, with the terms of a request's.
+
+    Attributes:
+        heads: ``L12H5`` each; scaled or blocked.
+    """
 
     op: Op
     value: float | None = Field(default=None, allow_inf_nan=False)
     unit: Unit = Unit.RAW
     always: bool = False
+    heads: Annotated[tuple[HeadName, ...], Field(min_length=1)] | None = None
 
     @field_validator("op")
     @classmethod
@@ -53,6 +58,13 @@ class RuleEdit(_Strict):
         if op is Op.MONITOR:
             raise ValueError("expected an edit; a rule with the action 'flag' reads")
         return op
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_differ(cls, heads: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if heads is not None and len(set(heads)) < len(heads):
+            raise ValueError("expected each head once")
+        return heads
 
 
 class RewindTerms(_Strict):
@@ -81,14 +93,15 @@ class Rule(_Strict):
     """One concept and what is done about it.
 
     Attributes:
-        name: what events call the rule; the concept's if left out.
+        concept: left out only by a clamp whose edit names heads.
+        name: what events call the rule; the concept's, or the heads', if left out.
         edit: at every position of ``phase``. ``calibrated`` is the pack's own action, and the default of a clamp.
         threshold: score above which the rule acts; the card's if left out.
         phase: what is edited and read; left out, a calibrated edit has the card's and everything else ``all``.
         fail: what follows where the activation cannot be read or edited: ``closed`` ends the response.
     """
 
-    concept: Name
+    concept: Name | None = None
     action: Action
     name: Name | None = None
     edit: Literal["calibrated"] | RuleEdit | None = None
@@ -100,7 +113,11 @@ class Rule(_Strict):
     @property
     def label(self) -> str:
         """What events call the rule."""
-        return self.name or self.concept
+        return self.name or self.concept or ", ".join(self._heads)
+
+    @property
+    def _heads(self) -> tuple[str, ...]:
+        return (isinstance(self.edit, RuleEdit) and self.edit.heads) or ()
 
     @property
     def guard_action(self) -> GuardAction | None:
@@ -124,6 +141,8 @@ class Rule(_Strict):
 
     @model_validator(mode="after")
     def _terms_fit_the_action(self) -> Self:
+        if self.concept is None and not (self._heads and self.action is Action.CLAMP):
+            raise ValueError("concept: missing, expected a loaded one, or a clamp with an edit of heads")
         if self.threshold is not None and self.action is Action.CLAMP:
             raise ValueError("threshold: expected none, a clamp edits at every position and reads no score")
         if self.rewind is not None and self.action is not Action.REWIND:
@@ -180,7 +199,7 @@ class Policy(_Strict):
     @property
     def concepts(self) -> tuple[str, ...]:
         """What its rules name, each once."""
-        return tuple(dict.fromkeys(rule.concept for rule in self.rules))
+        return tuple(dict.fromkeys(rule.concept for rule in self.rules if rule.concept is not None))
 
     @model_validator(mode="after")
     def _rules_fit_together(self) -> Self:

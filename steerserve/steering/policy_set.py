@@ -9,7 +9,7 @@ from pathlib import Path
 from steerserve.errors import AssetError, FieldError, PolicyError
 from steerserve.steering.bound_policies import bind_policy
 from steerserve.steering.catalog import ASSETS
-from steerserve.steering.packs import ConceptPack
+from steerserve.steering.packs import ConceptPack, ModelFacts
 from steerserve.steering.policies import Policy, Rule, read_policy
 from steerserve.steering.refusals import refuse_double_edits
 from steerserve.types import Op
@@ -44,14 +44,17 @@ class PolicySet:
     policies: Mapping[str, Policy] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, source: Path, packs: Mapping[str, ConceptPack]) -> PolicySet:
+    def read(cls, source: Path, packs: Mapping[str, ConceptPack], model: ModelFacts | None = None) -> PolicySet:
         """Read a file, or every ``*.yaml`` of a directory.
+
+        Args:
+            model: whose heads the policies edit; None: that it has them is seen only where a server reads them.
 
         Raises:
             PolicyError: names everything that is wrong with any of them.
             AssetError: nothing is there.
         """
-        return cls._checked([(path, read) for path, read in _readable(policy_files(source))], packs)
+        return cls._checked([(path, read) for path, read in _readable(policy_files(source))], packs, model)
 
     @classmethod
     def built_in(cls, packs: Mapping[str, ConceptPack]) -> PolicySet:
@@ -60,14 +63,16 @@ class PolicySet:
         return cls._checked([(path, p) for path, p in read if packs.keys() >= set(p.concepts)], packs)
 
     @classmethod
-    def _checked(cls, read: Sequence[tuple[Path, Policy]], packs: Mapping[str, ConceptPack]) -> PolicySet:
+    def _checked(
+        cls, read: Sequence[tuple[Path, Policy]], packs: Mapping[str, ConceptPack], model: ModelFacts | None = None
+    ) -> PolicySet:
         problems: list[str] = []
         files: dict[str, Path] = {}
         for path, policy in read:
             first = files.setdefault(policy.name, path)
             if first is not path:
                 problems.append(f"{path}: name: got {policy.name!r}, expected another: {first} has it")
-            problems += [f"{path}: {problem}" for problem in problems_of(policy, packs)]
+            problems += [f"{path}: {problem}" for problem in problems_of(policy, packs, model)]
         if problems:
             raise PolicyError(problems)
         return cls({policy.name: policy for _, policy in read})
@@ -103,13 +108,15 @@ def policy_files(source: Path) -> list[Path]:
     raise AssetError(f"{source}: no policy file or directory of policy files is there")
 
 
-def problems_of(policy: Policy, packs: Mapping[str, ConceptPack]) -> list[str]:
-    """What the schema cannot see: names that are taken or unknown, and terms that do not fit the packs."""
+def problems_of(policy: Policy, packs: Mapping[str, ConceptPack], model: ModelFacts | None = None) -> list[str]:
+    """What the schema cannot see: names that are taken or unknown, and terms that do not fit the packs or the model."""
     problems = []
     if policy.name in packs:
         problems.append(f"name: got {policy.name!r}, expected another: the concept pack of it is a policy already")
     known = ", ".join(sorted(packs)) or "none is loaded"
     for index, rule in enumerate(policy.rules):
+        if rule.concept is None:
+            continue
         if rule.concept not in packs:
             problems.append(f"rules[{index}].concept: got {rule.concept!r}, expected a loaded concept: {known}")
         elif _lacks_calibration(rule, packs[rule.concept]):
@@ -121,7 +128,7 @@ def problems_of(policy: Policy, packs: Mapping[str, ConceptPack]) -> list[str]:
     if problems:
         return problems
     try:
-        refuse_double_edits(bind_policy(policy, packs).edits)
+        refuse_double_edits(bind_policy(policy, packs, model).edits)
     except FieldError as error:
         return [str(error)]
     return []

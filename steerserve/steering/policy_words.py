@@ -18,6 +18,7 @@ OPS = {
     Op.ADD: "adds {} to features",
     Op.MONITOR: "reads features",
 }
+HEAD_OPS = {Op.SCALE: "multiplies what heads put out by {:g}", Op.BLOCK: "silences heads"}
 FOLLOWS = {
     GuardAction.FLAG: "the response says so",
     GuardAction.REDACT: "the word is not shown",
@@ -29,10 +30,10 @@ def explain(policy: Policy, packs: Mapping[str, ConceptPack]) -> Iterator[str]:
     """The policy's lines; every concept it names is among ``packs``."""
     yield f"{policy.tag}: {policy.description}" if policy.description else policy.tag
     for rule in policy.rules:
-        pack = packs[rule.concept]
+        pack = None if rule.concept is None else packs[rule.concept]
         named = f"rule {rule.name}, " if rule.name else ""
-        yield f"{named}concept {rule.concept} ({pack.tag})"
-        for line in _rule_lines(rule, pack):
+        yield named + ("attention heads" if pack is None else f"concept {rule.concept} ({pack.tag})")
+        for line in (*_edit_lines(rule, pack), *_reading_lines(rule, pack)):
             yield f"  {line}"
         yield f"  if it cannot be read or edited there: {_failure(rule)}"
     yield "requests under it"
@@ -40,13 +41,19 @@ def explain(policy: Policy, packs: Mapping[str, ConceptPack]) -> Iterator[str]:
         yield f"  {line}"
 
 
-def _rule_lines(rule: Rule, pack: ConceptPack) -> Iterator[str]:
+def _edit_lines(rule: Rule, pack: ConceptPack | None) -> Iterator[str]:
     edit = rule.applied_edit
-    if edit is not None:
+    if isinstance(edit, RuleEdit) and edit.heads is not None:
+        words, positions = HEAD_OPS[edit.op].format(edit.value), POSITIONS[rule.phase or Phase.ALL]
+        yield f"edit: {words} ({', '.join(edit.heads)}), at {positions}"
+    elif edit is not None and pack is not None:
         where = ", ".join(f"{len(target.keys)} at {target.site}" for target in edited_rows(pack)) or pack.detector_site
-        positions = rule.phase or (pack.card.policy.phase if edit == "calibrated" else Phase.ALL)
-        yield f"edit: {_edit_words(edit, pack)} ({where}), at {POSITIONS[positions]}"
-    if rule.guard_action is not None:
+        phase = rule.phase or (pack.card.policy.phase if edit == "calibrated" else Phase.ALL)
+        yield f"edit: {_edit_words(edit, pack)} ({where}), at {POSITIONS[phase]}"
+
+
+def _reading_lines(rule: Rule, pack: ConceptPack | None) -> Iterator[str]:
+    if rule.guard_action is not None and pack is not None:
         threshold = pack.card.detector.threshold if rule.threshold is None else rule.threshold
         source = "the card's" if rule.threshold is None else "this policy's"
         reading = f"the {pack.card.detector.kind} at {pack.card.detector.site}"

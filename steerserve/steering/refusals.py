@@ -27,7 +27,8 @@ def refuse_double_edits(edits: Iterable[Edit]) -> None:
             if key in edited:
                 field = edit.field if edit.stage is Stage.POLICY else f"{edit.field}.target"
                 expected = f"a feature that {edited[key]} does not already edit"
-                raise InvalidRequestError(field, f"{edit.target.label}: feature {identity[1]}", expected)
+                part = f": feature {identity[1]}" if edit.target.pack is not None else ""
+                raise InvalidRequestError(field, edit.target.label + part, expected)
             edited[key] = edit.field
 
 

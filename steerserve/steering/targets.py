@@ -1,13 +1,14 @@
-"""What an intervention aims at: the rows of a feature, of a concept, or of a direction.
+"""What an intervention aims at: the rows of a feature, of a concept, of a direction, or of a head.
 
 A concept is edited at all sites of its pack and read at one: what its policy edits and what its
-detector reads may be different rows.
+detector reads may be different rows. A head is as many features as its output has values, each of which is one of
+them: a head is scaled by the kernel that edits features, with its gates, stages and counters.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +17,22 @@ import numpy.typing as npt
 from steerserve.errors import IncompatibleError, InvalidRequestError
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
-from steerserve.steering.packs import ConceptPack
+from steerserve.steering.packs import ConceptPack, ModelFacts, check_head, check_site, width_of
 from steerserve.steering.plan import FeatureKey, FeatureRows
-from steerserve.types import ConceptTarget, DirectionTarget, FeatureTarget, FloatArray, Site, Target
+from steerserve.types import (
+    ConceptTarget,
+    DirectionTarget,
+    FeatureTarget,
+    FloatArray,
+    HeadTarget,
+    Site,
+    Stream,
+    Target,
+)
 
 Identity = tuple[str, int]
-"""What a feature is, whoever ships its rows: an SAE's hash and index, or the hash of a direction up to its sign."""
+"""What a feature is, whoever ships its rows: an SAE's hash and index, the hash of a direction up to its sign, or "z"
+where a value stands among the heads' outputs."""
 
 IntpArray = npt.NDArray[np.intp]
 
@@ -92,23 +103,60 @@ def resolve_edited(target: Target, path: str, catalog: Catalog) -> tuple[Resolve
 
     Raises:
         InvalidRequestError: an unknown SAE, feature or concept, or a vector without a direction.
-        IncompatibleError: a site or a vector that does not fit the model.
+        IncompatibleError: a site, a head or a vector that does not fit the model.
     """
-    if isinstance(target, ConceptTarget):
-        return edited_rows(catalog.concept(target.concept, f"{path}.concept"))
-    return (_resolve_one(target, path, catalog),)
+    match target:
+        case ConceptTarget(concept):
+            return edited_rows(catalog.concept(concept, f"{path}.concept"))
+        case HeadTarget():
+            return (resolve_head(target, path, catalog.model),)
+        case FeatureTarget():
+            return (_resolve_feature(target, path, catalog),)
+        case DirectionTarget():
+            return (_resolve_direction(target, path, catalog),)
 
 
 def resolve_read(target: Target, path: str, catalog: Catalog) -> ResolvedTarget:
     """What a monitor, a gate or a guard of the target reads; ``path`` is its field.
 
     Raises:
-        InvalidRequestError: an unknown SAE, feature or concept, or a vector without a direction.
-        IncompatibleError: a site or a vector that does not fit the model.
+        InvalidRequestError: an unknown SAE, feature or concept, a vector without a direction, or a head without one.
+        IncompatibleError: a site, a head or a vector that does not fit the model.
     """
-    if isinstance(target, ConceptTarget):
-        return detector_rows(catalog.concept(target.concept, f"{path}.concept"))
-    return _resolve_one(target, path, catalog)
+    match target:
+        case ConceptTarget(concept):
+            return detector_rows(catalog.concept(concept, f"{path}.concept"))
+        case HeadTarget():
+            expected = "a direction of the head to read: a head alone has no score"
+            raise InvalidRequestError(path, f"head {target}", expected)
+        case FeatureTarget():
+            return _resolve_feature(target, path, catalog)
+        case DirectionTarget():
+            return _resolve_direction(target, path, catalog)
+
+
+def resolve_head(head: HeadTarget, path: str, model: ModelFacts) -> ResolvedTarget:
+    """The values of a head's output; they have no score.
+
+    Raises:
+        IncompatibleError: the model has no such head.
+    """
+    check_site(head.site, f"{path}.layer", model)
+    check_head(head, f"{path}.head", model)
+    columns = _columns(head.head, model)
+    axes = np.zeros((model.d_head, width_of(model, head.site)), dtype=np.float32)
+    axes[np.arange(model.d_head), columns] = 1.0
+    keys = tuple(("z", column) for column in columns)
+    zeros, unbounded = np.zeros(model.d_head, dtype=np.float32), np.full(model.d_head, np.inf, dtype=np.float32)
+    return ResolvedTarget(
+        label=f"head {head}",
+        site=head.site,
+        source=FeatureRows(keys, axes, zeros, -unbounded, unbounded, axes),
+        features=range(model.d_head),
+        keys=keys,
+        identities=keys,
+        weight=zeros,
+    )
 
 
 def edited_rows(pack: ConceptPack) -> tuple[ResolvedTarget, ...]:
@@ -153,12 +201,6 @@ def _rows_of(pack: ConceptPack, site: Site, chosen: IntpArray, label: str, weigh
     )
 
 
-def _resolve_one(target: FeatureTarget | DirectionTarget, path: str, catalog: Catalog) -> ResolvedTarget:
-    if isinstance(target, FeatureTarget):
-        return _resolve_feature(target, path, catalog)
-    return _resolve_direction(target, path, catalog)
-
-
 def _resolve_feature(target: FeatureTarget, path: str, catalog: Catalog) -> ResolvedTarget:
     sae = catalog.sae(target.sae, f"{path}.sae")
     if not 0 <= target.feature < sae.d_sae:
@@ -176,26 +218,69 @@ def _resolve_feature(target: FeatureTarget, path: str, catalog: Catalog) -> Reso
 
 
 def _resolve_direction(target: DirectionTarget, path: str, catalog: Catalog) -> ResolvedTarget:
-    catalog.check_site(target.site, f"{path}.site")
-    unit = _unit_vector(target.vector, f"{path}.vector", catalog.model.d_model)
-    key = (f"direction:{hashlib.sha256(unit.tobytes()).hexdigest()}", 0)
-    line = np.copysign(1.0, unit[np.flatnonzero(unit)[0]]) * unit + 0.0  # v and −v are one; so are 0.0 and −0.0
+    field, model = f"{path}.vector", catalog.model
+    check_site(target.site, f"{path}.site", model)
+    if target.head is None:
+        unit = _unit_vector(target.vector, field, {width_of(model, target.site): f"the width of {target.site}"})
+        return _line(f"direction at {target.site}", target.site, unit, unit)
+    if target.site.stream is not Stream.ATTN_Z:
+        heads = Site(target.site.layer, Stream.ATTN_Z)
+        raise InvalidRequestError(f"{path}.head", target.head, f"none: {target.site} has no heads, {heads} has")
+    head = HeadTarget(target.site.layer, target.head)
+    check_head(head, f"{path}.head", model)
+    widths = {model.d_model: "of the residual stream", model.d_head: f"of the output of {head}"}
+    unit = _unit_vector(target.vector, field, widths)
+    columns = _columns(head.head, model)
+    placed = np.zeros((2, width_of(model, head.site)), dtype=np.float32)
+    if len(unit) == model.d_head:
+        placed[:, columns] = unit
+        return _line(f"direction of head {head}", head.site, *placed)
+    placed[:, columns] = _pulled_back(unit, head, field, model)
+    return _line(f"direction that head {head} writes to", head.site, *placed)
+
+
+def _columns(head: int, model: ModelFacts) -> range:
+    """Where a head's output stands among those of all heads."""
+    return range(head * model.d_head, (head + 1) * model.d_head)
+
+
+def _pulled_back(unit: FloatArray, head: HeadTarget, field: str, model: ModelFacts) -> FloatArray:
+    """``[2, d_head]``: w = W_O u, whose product with the head's output is what it writes along u, and w / |w|², the
+    shortest edit of the output that writes 1 more."""
+    read = model.head_writes(head.layer, head.head).astype(np.float64) @ unit
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        both = np.stack([read, read / (read @ read)]).astype(np.float32)
+    if not np.isfinite(both).all():
+        raise InvalidRequestError(field, "one that it does not", f"a direction that head {head} writes to")
+    return both
+
+
+def _line(label: str, site: Site, read: FloatArray, write: FloatArray) -> ResolvedTarget:
+    """One feature without a threshold: f = x · read, and what edits it adds multiples of ``write``."""
+    key = (f"direction:{_sha256(np.concatenate([read, write]))}", 0)
+    unit = (read / np.linalg.norm(read.astype(np.float64))).astype(np.float32)
+    either_way = np.copysign(1.0, unit[np.flatnonzero(unit)[0]]) * unit + 0.0  # v and −v are one; so are 0.0 and −0.0
     zero, unbounded = np.zeros(1, dtype=np.float32), np.full(1, np.inf, dtype=np.float32)
-    rows = FeatureRows((key,), unit[None], zero, -unbounded, unbounded, unit[None])
     return ResolvedTarget(
-        label=f"direction at {target.site}",
-        site=target.site,
-        source=rows,
+        label=label,
+        site=site,
+        source=FeatureRows((key,), read[None], zero, -unbounded, unbounded, write[None]),
         features=(0,),
         keys=(key,),
-        identities=((f"direction:{hashlib.sha256(line.tobytes()).hexdigest()}", 0),),
+        identities=((f"direction:{_sha256(either_way)}", 0),),
         weight=ONE,
     )
 
 
-def _unit_vector(vector: FloatArray, field: str, d_model: int) -> FloatArray:
-    if vector.shape != (d_model,):
-        raise IncompatibleError(field, list(vector.shape), f"shape [{d_model}], the width of the model")
+def _sha256(vector: FloatArray) -> str:
+    return hashlib.sha256(vector.tobytes()).hexdigest()
+
+
+def _unit_vector(vector: FloatArray, field: str, widths: Mapping[int, str]) -> FloatArray:
+    """``vector`` of length 1; ``widths`` are those it may have, each with its meaning."""
+    if vector.ndim != 1 or len(vector) not in widths:
+        expected = " or ".join(f"[{width}], {meaning}" for width, meaning in widths.items())
+        raise IncompatibleError(field, list(vector.shape), f"shape {expected}")
     if not np.isfinite(vector).all():
         raise InvalidRequestError(field, "NaN or infinite values", "finite values")
     exact = vector.astype(np.float64)

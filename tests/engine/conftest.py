@@ -21,6 +21,8 @@ from steerserve.engine.engine import Engine
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.sae.model import SAE
 from steerserve.steering.catalog import Catalog
+from steerserve.steering.monitor_plan import MonitorPlanFile
+from steerserve.steering.monitors import NO_MONITORS, bind_monitors
 from steerserve.steering.pack_files import save_pack
 from steerserve.steering.packs import (
     ConceptPack,
@@ -165,13 +167,15 @@ def make_engine() -> Iterator[MakeEngine]:
         max_norm: float = math.inf,
         sae: SAE | None = None,
         clock: Callable[[], float] = time.monotonic,
+        monitor_plan: MonitorPlanFile | None = None,
         **config: object,
     ) -> Engine:
         close(engine for engine in engines if engine.model is model)
         sae = replace(sae or tiny_sae(model.d_model), max_norm=max_norm)
         catalog = Catalog(model, {"tiny-sae": sae}, {pack.name: pack for pack in packs})
         values = {"max_num_seqs": 4, "max_model_len": 128, "bank_capacity": 32, "dtype": "float32"} | config
-        engines.append(Engine(model, catalog, EngineConfig.model_validate(values), clock))
+        monitors = NO_MONITORS if monitor_plan is None else bind_monitors(monitor_plan, catalog)
+        engines.append(Engine(model, catalog, EngineConfig.model_validate(values), clock, monitors))
         return engines[-1]
 
     yield make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def test_nothing_is_left_of_requests(load_tiny, make_engine) -> None:
     alive = []
     tracemalloc.start()
     try:
-        for prefix in ("a", "b", "c"):
+        for prefix in ("a", "b", "c", "d"):
             serve(engine, prefix, rounds=4)
             gc.collect()
             memory.append(tracemalloc.get_traced_memory()[0])
@@ -78,7 +79,8 @@ def test_nothing_is_left_of_requests(load_tiny, make_engine) -> None:
             alive.append(Counter(type(each) for each in gc.get_objects() if type(each) in types))
     finally:
         tracemalloc.stop()
-    assert memory[-1] - memory[-2] < 15_000, memory  # 1 kB for each response would be 20 kB
+    # 1 kB for each response would be 20 kB in every step; caches of the interpreter grow in one or the other.
+    assert min(after - before for before, after in pairwise(memory[1:])) < 15_000, memory
     for counts in alive:
         assert counts[Sequence] == 0
         assert counts[Entries] < 50

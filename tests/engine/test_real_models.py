@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -135,7 +136,7 @@ def direction(model: LoadedModel, site: Site, op: Op, value: float | None = None
 def test_bfloat16_bits_depend_on_no_neighbour_and_no_chunk(load, make_engine) -> None:
     """Tokens, log-probabilities and scores of eight requests, most of them steered, at sites of their own."""
     model = load(torch.bfloat16)
-    streams = [*STEERABLE, *STEERABLE]
+    streams = islice(cycle(STEERABLE), len(PROMPTS))
     requests = []
     for i, (prompt, stream) in enumerate(zip(PROMPTS, streams, strict=True)):
         edit = direction(model, Site(2 + i, stream), Op.ADD if i % 3 else Op.MONITOR, 2.0 if i % 3 else None, seed=i)

@@ -352,7 +352,7 @@ class Kernel:
 
 def serve(rng: np.random.Generator, catalog: Catalog, num_steps: int) -> list[Request]:
     """Requests that join in the midst of a decode log, in chunks, lose their place, go back, fail and leave."""
-    bank = FeatureBank(200, D_MODEL)
+    bank = FeatureBank(200, lambda site: D_MODEL)
     kernel = Kernel(rng, bank)
     running: list[Request] = []
     served: list[Request] = []
@@ -433,7 +433,7 @@ def test_the_loop_saw_all_there_is_to_see(served) -> None:
 
 def test_a_log_longer_than_its_lines_loses_and_repeats_none(catalog) -> None:
     rng = np.random.default_rng(0)
-    bank = FeatureBank(64, D_MODEL)
+    bank = FeatureBank(64, lambda site: D_MODEL)
     monitor = Intervention(FeatureTarget("toy-sae", 0), Op.MONITOR)
     block = Intervention(FeatureTarget("toy-sae", 1), Op.BLOCK)
     request = Request(rng, catalog, bank, interventions=(monitor, block), guards=(), policies=())
@@ -451,7 +451,7 @@ def test_a_log_longer_than_its_lines_loses_and_repeats_none(catalog) -> None:
 def test_a_policy_that_did_not_run_counts_as_failed_although_it_once_ran(num_steps, catalog, monkeypatch) -> None:
     """What a full log held must not pass for a reading of the next step, nor a neighbour's."""
     rng = np.random.default_rng(0)
-    bank = FeatureBank(64, D_MODEL)
+    bank = FeatureBank(64, lambda site: D_MODEL)
     guarded = Request(rng, catalog, bank, 0, interventions=(), guards=(), policies=("pack-1",))
     plain = Request(rng, catalog, bank, 1, interventions=(), guards=(), policies=())
     kernel = Kernel(rng, bank, is_sound=True)
@@ -471,7 +471,7 @@ def test_a_policy_that_did_not_run_counts_as_failed_although_it_once_ran(num_ste
 def test_a_norm_beyond_the_domain_of_a_policy_is_a_failure_behind_edits(chunked, edits, catalog, monkeypatch) -> None:
     """But for the first position, the attention sink, which the request's edits leave as it is."""
     rng = np.random.default_rng(0)
-    bank = FeatureBank(64, D_MODEL)
+    bank = FeatureBank(64, lambda site: D_MODEL)
     pack = replace(
         catalog.packs["pack-1"], tensors=replace(catalog.packs["pack-1"].tensors, max_norm=np.full(2, 5.0, np.float32))
     )

@@ -17,6 +17,7 @@ from steerserve.models.families import FAMILIES, STEERABLE
 from steerserve.models.loading import LoadedModel
 from steerserve.steering.catalog import Catalog
 from steerserve.steering.pack_files import save_pack
+from steerserve.steering.packs import width_of
 from steerserve.types import (
     ConceptTarget,
     DirectionTarget,
@@ -169,7 +170,7 @@ def test_features_are_silent_outside_the_domain_of_their_sae(load_tiny, make_eng
 def test_a_direction_is_added_at_every_site_of_every_family(family, stream, load_tiny, make_engine, run) -> None:
     model = load_tiny(family)
     site = Site(1, stream)
-    vector = np.random.default_rng(0).standard_normal(model.d_model).astype(np.float32)
+    vector = np.random.default_rng(0).standard_normal(width_of(model, site)).astype(np.float32)
     spec = steer(Intervention(DirectionTarget(site, vector), Op.ADD, 3.0))
     with recording(model, site, lambda: make_engine(model)) as (recorder, engine):
         run(engine, [request("r", spec, max_tokens=3)])

@@ -9,6 +9,7 @@ from steerserve.errors import IncompatibleError
 from steerserve.models.families import FAMILIES, STEERABLE, adapter_for
 from steerserve.models.hooks import transformed
 from steerserve.models.loading import LoadedModel, load_model
+from steerserve.steering.packs import width_of
 from steerserve.types import Site, Stream
 
 TOKENS = torch.tensor([[72, 101, 108, 108, 111, 32, 119]])
@@ -45,10 +46,10 @@ def model(request, tiny_model_dir) -> LoadedModel:
 
 def test_streams_add_up_to_the_residual(model) -> None:
     seen, output = read_all_sites(model)
-    assert len(seen) == 4 * model.n_layers
+    assert len(seen) == 5 * model.n_layers
+    assert all(x.shape == (1, TOKENS.shape[1], width_of(model, site)) for site, x in seen.items())
     for layer in range(model.n_layers):
         stream = {stream: seen[Site(layer, stream)] for stream in STEERABLE}
-        assert all(x.shape == (1, TOKENS.shape[1], model.d_model) for x in stream.values())
         total = stream[Stream.RESID_PRE] + stream[Stream.ATTN_OUT] + stream[Stream.MLP_OUT]
         torch.testing.assert_close(stream[Stream.RESID_POST], total, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(stream[Stream.RESID_PRE], output.hidden_states[layer], rtol=0, atol=0)
@@ -114,6 +115,19 @@ def test_heads_stand_side_by_side_before_the_output_projection(model) -> None:
     for layer in range(model.n_layers):
         out = seen[Site(layer, Stream.ATTN_OUT)]
         torch.testing.assert_close(out, out[:, :1].expand_as(out), rtol=0, atol=0)
+
+
+def test_what_heads_write_adds_up_to_what_the_projection_puts_out(model) -> None:
+    """Head by head, query heads of a group included, and behind them the bias."""
+    seen, _ = read_all_sites(model)
+    for layer, projection in enumerate(model.adapter.out_projections(model.model)):
+        z = seen[Site(layer, Stream.ATTN_Z)]
+        heads = z.unflatten(-1, (model.n_heads, model.d_head)).unbind(-2)
+        writes = [torch.from_numpy(model.head_writes(layer, head)) for head in range(model.n_heads)]
+        with torch.no_grad():
+            bias = projection(torch.zeros_like(z))
+            added = sum(each @ W_O for each, W_O in zip(heads, writes, strict=True)) + bias
+            torch.testing.assert_close(added, projection(z), rtol=1e-5, atol=1e-5)
 
 
 def test_the_final_norm_is_what_the_unembedding_reads(model) -> None:

@@ -11,6 +11,7 @@ from steerserve.kernels.steer_delta import OpCode
 from steerserve.models.families import FAMILIES
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.splice import STAGES, SiteBank, SiteBuffers, Splicer
+from steerserve.steering.packs import width_of
 from steerserve.types import Site, Stream
 
 TOKENS = torch.tensor([[72, 101, 108, 108, 111, 1, 2, 3, 4, 5]])
@@ -46,19 +47,19 @@ def splice() -> Iterator:
         splicer.remove()
 
 
-def axis_bank(d_model: int) -> SiteBank:
+def axis_bank(width: int) -> SiteBank:
     """One feature, which reads and writes the first axis."""
-    axis = torch.eye(d_model)[:1].contiguous()
+    axis = torch.eye(width)[:1].contiguous()
     bound = torch.full((1,), torch.inf)
     none = torch.zeros(1, dtype=torch.uint8)
     return SiteBank(axis, torch.zeros(1), threshold=-bound, max_norm=bound, normalization=none, W_dec=axis)
 
 
 def one_entry_each(
-    buffers: SiteBuffers, d_model: int, op: OpCode = OpCode.ADD, value: float = AMOUNT, scored: bool = False
+    buffers: SiteBuffers, width: int, op: OpCode = OpCode.ADD, value: float = AMOUNT, scored: bool = False
 ) -> None:
     """An entry of the axis feature for every token, in stage REQUEST; ``scored`` ones name score t of token t."""
-    buffers.bank = buffers.bank or axis_bank(d_model)
+    buffers.bank = buffers.bank or axis_bank(width)
     buffers.ptr.copy_((torch.arange(len(buffers.ptr)) + 1) // STAGES)
     buffers.slot.zero_()
     buffers.op.fill_(op)
@@ -78,7 +79,7 @@ def logits(model: LoadedModel, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 def functionally_edited_logits(model: LoadedModel, site: Site, amount: float) -> torch.Tensor:
     """The same edit, made by replacing the activation instead of writing into it."""
     point = model.adapter.hook_point(model.model, site)
-    shift = amount * torch.eye(model.d_model)[0]
+    shift = amount * torch.eye(width_of(model, site))[0]
 
     def on_input(_module, args):
         return (args[0] + shift, *args[1:])
@@ -101,7 +102,7 @@ def test_edits_last_while_active_and_reach_the_logits_from_every_site(model, spl
     splicer = splice(model)
     assert list(splicer.buffers) == list(expected)
     for site, buffers in splicer.buffers.items():
-        one_entry_each(buffers, model.d_model)
+        one_entry_each(buffers, width_of(model, site))
         edited = logits(model)
         assert not torch.allclose(edited, before, atol=1e-3)
         torch.testing.assert_close(edited, expected[site], rtol=0, atol=1e-4)

@@ -16,6 +16,7 @@ from steerserve import (
     Gate,
     Guard,
     GuardAction,
+    HeadTarget,
     Intervention,
     Message,
     Op,
@@ -37,6 +38,7 @@ from steerserve.types import (
     GenerateRequest,
     GuardEvent,
     InterventionReceipt,
+    MonitorReceipt,
     PositionScores,
     StepOutput,
     Stream,
@@ -56,13 +58,13 @@ vectors = st.lists(float32s, min_size=1, max_size=8).map(lambda values: np.array
 targets = st.one_of(
     st.builds(FeatureTarget, names, uint32),
     st.builds(ConceptTarget, names),
-    st.builds(DirectionTarget, sites, vectors),
+    st.builds(DirectionTarget, sites, vectors, st.none() | uint32),
 )
 operands = st.one_of(st.just({}), st.fixed_dictionaries({"value": floats, "unit": st.sampled_from(Unit)}))
 interventions = st.builds(
     lambda operand, **fields: Intervention(**fields, **operand),
     operands,
-    target=targets,
+    target=targets | st.builds(HeadTarget, uint32, uint32),
     op=st.sampled_from(Op),
     always=st.booleans(),
     phase=st.sampled_from(Phase),
@@ -145,13 +147,16 @@ receipts = st.builds(
     num_rewound_tokens=uint32,
     num_cached_tokens=uint32,
     num_redacted_tokens=uint32,
+    monitors=st.lists(
+        st.builds(MonitorReceipt, names, names, sites, uint32, uint32, max_score=floats, mean_score=floats), max_size=2
+    ).map(tuple),
 )
 logprobs = st.builds(TokenLogprobs, float32s, uint32, st.lists(st.tuples(uint32, float32s), max_size=3).map(tuple))
 piece_fields = {
     "request_id": names,
     "token_ids": st.lists(uint32).map(tuple),
     "text": st.text(),
-    "scores": st.lists(st.builds(PositionScores, uint32, vectors), max_size=3).map(tuple),
+    "scores": st.lists(st.builds(PositionScores, uint32, vectors, vectors), max_size=3).map(tuple),
     "logprobs": st.lists(logprobs, max_size=3).map(tuple),
     "index": st.integers(0, 63),
 }

@@ -14,6 +14,7 @@ from steerserve import (
     Gate,
     Guard,
     GuardAction,
+    HeadTarget,
     Intervention,
     Op,
     Phase,
@@ -36,6 +37,9 @@ CLAMPED = Intervention(PROFANITY, Op.CLAMP, -2.0, Unit.MAX_ACTIVATION)
         ("profanity=clamp:-1x", Intervention(PROFANITY, Op.CLAMP, -1.0, Unit.MAX_ACTIVATION)),
         ("profanity=clamp_always:2.5", Intervention(PROFANITY, Op.CLAMP, 2.5, always=True)),
         ("profanity=monitor@prompt", Intervention(PROFANITY, Op.MONITOR, phase=Phase.PROMPT)),
+        ("L12H5=scale:0.5", Intervention(HeadTarget(12, 5), Op.SCALE, 0.5)),
+        ("L0H0=block@generated", Intervention(HeadTarget(0, 0), Op.BLOCK, phase=Phase.GENERATED)),
+        ("L12H5b=block", Intervention(ConceptTarget("L12H5b"), Op.BLOCK)),
         ("sae/1234=scale:0.5", Intervention(FeatureTarget("sae", 1234), Op.SCALE, 0.5)),
         (
             "org/sae/0=clip:1e2@generated",
@@ -73,6 +77,13 @@ def test_reading_a_direction(tmp_path: Path, name: str) -> None:
     assert (read.op, read.value) == (Op.ADD, 4.0)
 
 
+def test_reading_a_direction_of_a_head(tmp_path: Path) -> None:
+    np.save(tmp_path / "calm.npy", np.arange(4))
+    read = parse_guard(f"direction:{tmp_path / 'calm.npy'}@L12H5>0.5=flag").target
+    assert isinstance(read, DirectionTarget)
+    assert (str(read.site), read.head, read.vector.tolist()) == ("blocks.12.attn.hook_z", 5, [0, 1, 2, 3])
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [
@@ -91,6 +102,7 @@ def test_reading_a_direction(tmp_path: Path, name: str) -> None:
         ("/1=block", "steer (target)"),
         ("direction:calm.npy=add:1", "steer (target)"),
         ("direction:calm.npy@layer 3=add:1", "steer (site)"),
+        ("L12345H5=block", "steer (head)"),
         ("direction:no/such.npy@blocks.1.hook_resid_post=add:1", "steer (direction)"),
         ("profanity=block if anger", "steer"),
         ("profanity=block if >1", "steer"),

@@ -43,6 +43,13 @@ class Facts:
     fingerprint: str = FINGERPRINT
     d_model: int = D_MODEL
     n_layers: int = 4
+    n_heads: int = 3
+    d_head: int = 4
+
+    def head_writes(self, layer: int, head: int) -> np.ndarray:
+        """Random, ``[d_head, d_model]``, of every head another."""
+        rng = np.random.default_rng(self.n_heads * layer + head)
+        return rng.standard_normal((self.d_head, self.d_model)).astype(np.float32)
 
 
 @pytest.fixture

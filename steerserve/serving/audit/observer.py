@@ -20,7 +20,15 @@ from steerserve.serving.audit.keys import AuditKey
 from steerserve.serving.audit.writer import AuditWriter
 from steerserve.serving.service import Exchange
 from steerserve.serving.telemetry import code_of
-from steerserve.types import InterventionReceipt, Prompt, Receipt, StepOutput, Verdict, overall_verdict
+from steerserve.types import (
+    InterventionReceipt,
+    MonitorReceipt,
+    Prompt,
+    Receipt,
+    StepOutput,
+    Verdict,
+    overall_verdict,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -165,6 +173,19 @@ def _receipt_body(receipt: Receipt) -> dict[str, Any]:
         "redacted_tokens": receipt.num_redacted_tokens,
         "cached_tokens": receipt.num_cached_tokens,
         "interventions": [_intervention_body(entry) for entry in receipt.interventions],
+        "monitors": [_monitor_body(entry) for entry in receipt.monitors],
+    }
+
+
+def _monitor_body(entry: MonitorReceipt) -> dict[str, Any]:
+    return {
+        "source": entry.source,
+        "label": entry.label,
+        "site": str(entry.site),
+        "in_scope": entry.tokens_in_scope,
+        "covered": entry.tokens_covered,
+        "max_score": entry.max_score if math.isfinite(entry.max_score) else None,
+        "mean_score": entry.mean_score,
     }
 
 

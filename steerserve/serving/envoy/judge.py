@@ -63,20 +63,24 @@ class Judge:
             SteerserveError: the text cannot be judged now.
         """
         rules = self._rules(phase)
-        watched = [Watched(rule.concept, self._threshold(rule), rule.fail_open) for rule in rules]
+        watched = [Watched(concept, self._threshold(rule, concept), rule.fail_open) for rule, concept in rules]
         sightings = await self._reader.read(text, watched, caller, Interface.ENVOY) if text and rules else []
         return [
-            Mark(_action_of(rules[sighting.watched]), *_whole_words(text, sighting.start, sighting.end))
+            Mark(_action_of(rules[sighting.watched][0]), *_whole_words(text, sighting.start, sighting.end))
             for sighting in sightings
         ]
 
-    def _rules(self, phase: Phase) -> list[Rule]:
-        """As they are now: policies may have been loaded anew since the last text."""
-        policies = [self._engine.catalog.policy(name, "envoy.policies") for name in self._policies]
-        return [rule for policy in policies for rule in policy.rules if rule.phase in (None, Phase.ALL, phase)]
+    def _rules(self, phase: Phase) -> list[tuple[Rule, str]]:
+        """As they are now, with their concepts: policies may have been loaded anew since the last text.
 
-    def _threshold(self, rule: Rule) -> float:
-        card = self._engine.catalog.concept(rule.concept, "envoy.policies").card
+        An edit of heads says nothing about what another model writes.
+        """
+        policies = [self._engine.catalog.policy(name, "envoy.policies") for name in self._policies]
+        rules = [rule for policy in policies for rule in policy.rules if rule.phase in (None, Phase.ALL, phase)]
+        return [(rule, rule.concept) for rule in rules if rule.concept is not None]
+
+    def _threshold(self, rule: Rule, concept: str) -> float:
+        card = self._engine.catalog.concept(concept, "envoy.policies").card
         return card.detector.threshold if rule.threshold is None else rule.threshold
 
 

@@ -13,6 +13,7 @@ from steerserve.types import GenerateRequest, Message
 
 MAX_CHARS_PER_TOKEN = 256
 """No text within ``max_model_len`` has more characters a token than this."""
+ROLES = ("system", "user", "assistant", "tool")
 
 
 def encode_prompt(request: GenerateRequest, model: LoadedModel, max_model_len: int) -> list[int]:
@@ -56,6 +57,9 @@ def _apply_chat_template(messages: Sequence[Message], tokenizer: PreTrainedToken
         raise InvalidRequestError(
             "prompt.messages", f"{len(messages)} messages", "text: the model has no chat template"
         )
+    for index, message in enumerate(messages):
+        if message.role not in ROLES:  # a template writes any role as it stands, and a model follows none but these
+            raise InvalidRequestError(f"prompt.messages[{index}].role", message.role, f"one of {', '.join(ROLES)}")
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

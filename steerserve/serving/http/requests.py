@@ -21,7 +21,7 @@ _SAME_NAMES = (
     "n", "temperature", "top_p", "seed", "frequency_penalty", "presence_penalty", "logit_bias", "min_p",
     "repetition_penalty", "ignore_eos", "include_stop_str_in_output",
 )  # fmt: skip
-_PROMPT_FIELD = re.compile(r"prompt(?:\.\w+)?(?P<element>\[\d+\])?")
+_PROMPT_FIELD = re.compile(r"prompt(?:\.\w+)?(?P<element>(?:\[\d+\](?:\.role)?)?)")
 _PROMPT_FORMS = "text, token ids, or a list of either"
 _ROLES = {"developer": "system"}  # its name in OpenAI's later models; chat templates know the earlier one
 
@@ -153,5 +153,5 @@ def _is_token_ids(value: object) -> TypeGuard[list[int]]:
 def _renamed(field: str, prompt_key: str) -> str:
     match = _PROMPT_FIELD.fullmatch(field)
     if match is not None:
-        return prompt_key + (match["element"] or "")
+        return prompt_key + match["element"]
     return field.removeprefix("sampling.")

@@ -37,6 +37,7 @@ CHAT_CASES = {
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type", "text",
     ),
     "a speaker's name": ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name", "role"),
+    "a speaker of no template": ({"messages": [{"role": "narrator", "content": "x"}]}, "messages[0].role", "system"),
     "no content": ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "valid array"),
     "no messages": ({"messages": []}, "messages", "at least one"),
     "messages left out": ({"messages": None}, "messages", "valid array"),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from steerserve.errors import InvalidRequestError
-from steerserve.lab.commands.options import ModelDtype, ModelDtypeOption, ModelOption, console, sae_for
+from steerserve.lab.commands.options import ModelDtype, ModelDtypeOption, ModelOption, SortByOption, console, sae_for
 from steerserve.models.loading import load_model
 from steerserve.models.pull import resolve_model
 from steerserve.types import Site
@@ -38,6 +38,7 @@ def build_command(
     site: Annotated[list[str] | None, typer.Option(help="For diff-means: where directions are; repeatable.")] = None,
     positive_label: Annotated[list[str] | None, typer.Option(help="Only texts so labelled count; repeatable.")] = None,
     negative_label: Annotated[list[str] | None, typer.Option(help="The same for --negative.")] = None,
+    sort_by: SortByOption = "",
     words: Annotated[
         str, typer.Option(help="The concept's words: 'learned', 'profanity' (built in), or a JSON word list.")
     ] = "learned",
@@ -80,7 +81,9 @@ def build_command(
         positive=positive,
         negative=negative,
         budget=Budget.of(direction, budget_kl),
-        labels=Labels(frozenset(positive_label or []), frozenset(negative_label or [])),
+        labels=Labels(
+            frozenset(positive_label or []), frozenset(negative_label or []), judge_named(sort_by) if sort_by else None
+        ),
         words=None if words == "learned" else PROFANITY if words == "profanity" else Path(words),
         judge=judge_named(judge) if judge else None,
         chat=chat,

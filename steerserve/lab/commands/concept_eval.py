@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from steerserve.lab.commands.options import ModelDtype, ModelDtypeOption, ModelOption, console, sae_for
+from steerserve.lab.commands.options import ModelDtype, ModelDtypeOption, ModelOption, SortByOption, console, sae_for
 from steerserve.steering.packs import SAERef
 
 BUILT_IN_SAES = Path(__file__).parents[2] / "assets" / "saes"
@@ -24,6 +24,7 @@ def eval_pack_command(
     negative: Annotated[list[Path], typer.Option(help="Texts that do not; repeatable.")],
     positive_label: Annotated[list[str], typer.Option(help="Only texts so labelled count; repeatable.")] = [],  # noqa: B006
     negative_label: Annotated[list[str], typer.Option(help="The same for --negative.")] = [],  # noqa: B006
+    sort_by: SortByOption = "",
     model: ModelOption = "smollm2-135m-instruct",
     dtype: ModelDtypeOption = ModelDtype.BFLOAT16,
     amplify: Annotated[bool, typer.Option("--amplify", help="The pack is to write the concept more often.")] = False,
@@ -73,7 +74,7 @@ def eval_pack_command(
         texts=Texts(
             tuple(positive),
             tuple(negative),
-            Labels(frozenset(positive_label), frozenset(negative_label)),
+            Labels(frozenset(positive_label), frozenset(negative_label), judge_of(sort_by) if sort_by else None),
             hard_negatives,
         ),
         setting=Setting(

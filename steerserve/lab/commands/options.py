@@ -29,6 +29,9 @@ ModelOption = Annotated[str, typer.Option(help="Name of a pullable model, a hub 
 TextsOption = Annotated[
     list[Path], typer.Option(help=".jsonl[.gz] with a 'text' field, or .txt with a text per line; repeatable.")
 ]
+SortByOption = Annotated[
+    str, typer.Option(help="Judge that sorts the texts of all files by what they say, where no labels do.")
+]
 
 
 class ModelDtype(StrEnum):

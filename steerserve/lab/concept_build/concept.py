@@ -84,7 +84,7 @@ class Materials:
         judge = concept.judge or Judge("words", lambda texts: np.array([words.matches(t) for t in texts], dtype=bool))
         record = {
             "direction": str(concept.direction),
-            "labels": {kind: sorted(labels) for kind, labels in vars(concept.labels).items()},
+            "labels": concept.labels.record,
             "texts": {"train": _counted(train), "validation": _counted(validation)},
             "words": origin,
             "judge": judge.name,

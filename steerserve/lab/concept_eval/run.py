@@ -232,6 +232,7 @@ class Evaluation:
             "direction": str(self.setting.direction),
             "split": str(Split.TEST),
             "files": self.texts.hashes(),
+            "labels": self.texts.labels.record,
             "judge": self.setting.primary.name,
             "second_judge": self.setting.second.name if self.setting.second else None,
             "prompts": len(trial.prompts),

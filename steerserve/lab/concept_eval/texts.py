@@ -1,8 +1,8 @@
 """Texts of one split, by whether they show the concept.
 
 With a word list, what a text says decides, whatever file it is in: ``positive`` texts hold a listed word,
-``negative`` ones none, and texts with a held-out lemma are seen on the test split alone. Without one, the
-file decides.
+``negative`` ones none, and texts with a held-out lemma are seen on the test split alone. So it does with a judge that
+sorts the texts. Without either, the file decides.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from steerserve.errors import AssetError
+from steerserve.lab.concept_eval.judges import Judge
 from steerserve.lab.corpus import Document, Split, read_documents
 from steerserve.lab.lexicon import Lexicon
 
@@ -24,10 +25,21 @@ READ_TOKENS = 96
 
 @dataclass(frozen=True)
 class Labels:
-    """Which labels texts of either kind may have; none named: any, or no label at all."""
+    """Which labels texts of either kind may have; none named: any, or no label at all.
+
+    Attributes:
+        judge: sorts all texts, cut to one length, where they have no labels of the concept.
+    """
 
     positive: frozenset[str] = frozenset()
     negative: frozenset[str] = frozenset()
+    judge: Judge | None = None
+
+    @property
+    def record(self) -> dict[str, object]:
+        """What a card says of them."""
+        labels = {"positive": sorted(self.positive), "negative": sorted(self.negative)}
+        return labels if self.judge is None else {**labels, "judge": self.judge.name}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +70,25 @@ class Corpus:
         showing = [document.text for document in _labelled(positive, split, labels.positive)]
         others = [document.text[:EXCERPT_CHARS] for document in _labelled(negative, split, labels.negative)]
         others = [text for text in others if text.strip()]
-        corpus = cls(showing, others) if words is None else cls._by_words(showing, others, split, words)
+        if labels.judge is not None:
+            corpus = cls._by_judge([*(text[:EXCERPT_CHARS] for text in showing), *others], labels.judge)
+        elif words is not None:
+            corpus = cls._by_words(showing, others, split, words)
+        else:
+            corpus = cls(showing, others)
         for kind, texts in vars(corpus).items():
             if not texts:
                 raise AssetError(f"the files hold no {kind} text of the {split} split")
         return corpus
+
+    @classmethod
+    def _by_judge(cls, texts: Sequence[str], judge: Judge) -> Corpus:
+        unique = list(dict.fromkeys(texts))  # one file may be named as both kinds
+        flags = judge.flags(unique)
+        return cls(
+            positive=[text for text, shows in zip(unique, flags, strict=True) if shows],
+            negative=[text for text, shows in zip(unique, flags, strict=True) if not shows],
+        )
 
     @classmethod
     def _by_words(cls, showing: list[str], others: list[str], split: Split, words: Path) -> Corpus:

@@ -10,6 +10,8 @@ import pytest
 from steerserve.errors import AssetError, InvalidRequestError
 from steerserve.lab.concept_eval.judges import judge
 from steerserve.lab.concept_eval.prompts import joined
+from steerserve.lab.concept_eval.texts import Corpus, Labels
+from steerserve.lab.corpus import Split
 from steerserve.lab.lexicon import Lexicon
 
 
@@ -25,6 +27,19 @@ from steerserve.lab.lexicon import Lexicon
 def test_built_in_judges(name: str, flagged: list[str], passed: list[str]) -> None:
     mask = judge(name).flags([*flagged, *passed])
     assert mask.tolist() == [True] * len(flagged) + [False] * len(passed)
+
+
+def test_a_judge_sorts_texts_that_no_label_does(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    glad, glum = [f"a wonderful film {i}" for i in range(40)], [f"a horrible film {i}" for i in range(40)]
+    path.write_text("\n".join([*glad, *glum]))
+    corpus = Corpus.read([path], [path], Split.TRAIN, None, Labels(judge=judge("vader-negative")))
+    assert len(corpus.positive) > 20
+    assert set(corpus.positive) < set(glum)
+    assert set(corpus.negative) < set(glad)
+    assert len(set(corpus.negative)) == len(corpus.negative), "a file that is named twice is read once"
+    with pytest.raises(AssetError, match="no positive text of the train split"):
+        Corpus.read([path], [], Split.TRAIN, None, Labels(judge=judge("alt-profanity-check")))
 
 
 def test_a_word_list_of_ones_own(tmp_path: Path) -> None:

@@ -129,6 +129,7 @@ GOLDEN = {
     "protocol": {
         **dict.fromkeys(("direction", "split"), "str"),
         "files": dict.fromkeys(("hard.jsonl", "negative.jsonl", "positive.jsonl"), "str"),
+        "labels": {"positive": [], "negative": []},
         **dict.fromkeys(("judge", "second_judge"), "str"),
         "prompts": "number",
         "prompts_sha256": "str",

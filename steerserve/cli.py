@@ -31,7 +31,8 @@ GUARD_HELP = (
     "Example: 'profanity>2.5=rewind:8 with profanity=block'"
 )
 
-Target = Annotated[str, typer.Option(help="Server address, host:port.")]
+Target = Annotated[str, typer.Option(envvar="STEERSERVE_TARGET", help="Server address, host:port.")]
+ApiKeyFile = Annotated[str | None, typer.Option(help="File that holds the API key. [$STEERSERVE_API_KEY_FILE]")]
 
 
 class _Commands(TyperGroup):
@@ -81,7 +82,7 @@ def serve(
     ] = None,
     monitor_plan: Annotated[
         str | None,
-        typer.Option(help="What to read of every response, as circuit discovery wrote it; left out: nothing."),
+        typer.Option(help="What to read of every response: built-in plan, or file of `discover`; left out: nothing."),
     ] = None,
     access: Annotated[
         str | None, typer.Option(help="YAML file of tenants and keys; left out: no keys, on loopback alone.")
@@ -89,11 +90,16 @@ def serve(
     certificate: Annotated[str | None, typer.Option(help="PEM file: gRPC and HTTP speak TLS alone.")] = None,
     private_key: Annotated[str | None, typer.Option(help="PEM file of the certificate's key.")] = None,
     client_ca: Annotated[
-        str | None, typer.Option(help="PEM file: every client of gRPC must show a certificate of these authorities.")
+        str | None, typer.Option(help="PEM file: every client must show a certificate of these authorities.")
     ] = None,
     insecure_bind: Annotated[
         bool, typer.Option("--insecure-bind", help="Listen beyond loopback without keys or TLS.")
     ] = False,
+    admin_port: Annotated[
+        int | None,
+        typer.Option(help="Port of operators, for `steerserve policy reload`; left out: they use that of gRPC."),
+    ] = None,
+    admin_host: Annotated[str | None, typer.Option(help="Address of that port. [127.0.0.1]")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [127.0.0.1]")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one. [50051]")] = None,
     http_port: Annotated[
@@ -173,6 +179,8 @@ def serve(
             "private_key": private_key,
             "client_ca": client_ca,
             "insecure_bind": insecure_bind or None,
+            "admin_port": admin_port,
+            "admin_host": admin_host,
         },
         "http": {"host": http_host, "port": http_port},
         "envoy": {"policies": envoy_policy, "fail_open": envoy_fail_open or None},
@@ -218,6 +226,8 @@ def serve(
         if server.http_address is not None:
             scheme = "http" if settings.server.access.certificate is None else "https"
             print(f"serving the OpenAI API on {scheme}://{server.http_address}/v1", flush=True)
+        if server.admin_address is not None:
+            print(f"serving operators on {server.admin_address}", flush=True)
         if server.metrics_address is not None:
             print(f"serving metrics on http://{server.metrics_address}/metrics", flush=True)
 
@@ -233,6 +243,7 @@ def generate(
     steer: Annotated[list[str] | None, typer.Option(help=STEER_HELP)] = None,
     guard: Annotated[list[str] | None, typer.Option(help=GUARD_HELP)] = None,
     target: Target = DEFAULT_TARGET,
+    api_key_file: ApiKeyFile = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 64,
     n: Annotated[
         int, typer.Option("--n", help="Responses to draw; more than one are shown when all are complete.")
@@ -271,7 +282,7 @@ def generate(
     from steerserve.types import Message
 
     responses: dict[int, list[StepOutput]] = {}
-    with SteerserveClient(target) as client:
+    with SteerserveClient(target, api_key_file=api_key_file) as client:
         for piece in client.generate_stream(
             [Message("user", prompt)] if chat else prompt,
             policies=policy or (),
@@ -305,26 +316,52 @@ def generate(
 
 @app.command()
 def score(
-    text: Annotated[str, typer.Argument(help="Text to read, such as another model's answer.")],
+    text: Annotated[str | None, typer.Argument(help="Text to read, such as another model's answer.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help='Texts to read instead, JSON lines of {"text": ...}; each comes back with its scores.'),
+    ] = None,
     concept: Annotated[list[str] | None, typer.Option(help="Concept to look for. Repeatable. [all]")] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Policy whose rules judge the text, NAME or NAME@VERSION. Repeatable.")
+    ] = None,
     target: Target = DEFAULT_TARGET,
+    api_key_file: ApiKeyFile = None,
 ) -> None:
-    """Show how much a text shows the loaded concepts, and where; exit code 1 if one is flagged."""
+    """Show how much texts show the loaded concepts, and where; exit code 1 if one is flagged or a rule acts."""
+    import json
+
+    from rich.progress import track
+
     from steerserve.client import SteerserveClient
     from steerserve.display import score_view
+    from steerserve.serving.score_file import as_json, read_lines, score_lines
 
-    with SteerserveClient(target) as client:
-        scores = client.score(text, concept or (), return_tokens=True)
-    Console().print(score_view(text, scores.values()))
-    raise typer.Exit(int(any(each.flagged for each in scores.values())))
+    if (text is None) is (file is None):
+        raise typer.BadParameter("give a text or --file, one of them")
+    finds = False
+
+    with SteerserveClient(target, api_key_file=api_key_file) as client:
+        if text is not None:
+            read = client.score(text, concept or (), policy or (), return_tokens=True)
+            Console().print(score_view(text, read))
+            finds = read.flagged or read.acted_on
+        elif file is not None:
+            lines = read_lines(file)
+            scored = score_lines(lines, lambda each: client.score(each, concept or (), policy or ()))
+            progress = track(scored, "scoring", len(lines), console=Console(stderr=True))
+            for line, read in zip(lines, progress, strict=True):
+                print(json.dumps(as_json(line, read), ensure_ascii=False), flush=True)
+                finds |= read.flagged or read.acted_on
+    raise typer.Exit(int(finds))
 
 
 @app.command()
-def info(target: Target = DEFAULT_TARGET) -> None:
+def info(target: Target = DEFAULT_TARGET, api_key_file: ApiKeyFile = None) -> None:
     """Show what a running server serves, and what requests can name."""
     from steerserve.client import SteerserveClient
 
-    with SteerserveClient(target) as client:
+    with SteerserveClient(target, api_key_file=api_key_file) as client:
         model, server = client.get_model_info(), client.get_server_info()
     table = Table("", "", show_header=False)
     table.add_row("server", f"steerserve {server.version}, up {server.uptime_seconds:.0f} s")

@@ -7,26 +7,24 @@ with SteerserveClient("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from steerserve.errors import AssetError, InvalidRequestError
+from steerserve.errors import InvalidRequestError
 from steerserve.serving.convert import request_to_proto
 from steerserve.serving.convert_response import outputs_from_proto, piece_from_proto
 from steerserve.serving.convert_score import scores_from_proto
-from steerserve.serving.listening import is_loopback
+from steerserve.serving.dialling import DEFAULT_TARGET, TLS, channel_to
+from steerserve.serving.dialling import api_key as key_of
 from steerserve.serving.status import error_of
 from steerserve.serving.steer_string import parse_guard, parse_intervention
 from steerserve.types import (
-    ConceptScore,
     FinishReason,
     GenerateRequest,
     Guard,
@@ -39,16 +37,11 @@ from steerserve.types import (
     SteeringSpec,
     StepOutput,
     StopReason,
+    TextScores,
     TokenLogprobs,
     Verdict,
 )
-from steerserve.v1 import generation_pb2, generation_pb2_grpc, score_pb2
-
-DEFAULT_TARGET = "127.0.0.1:50051"
-API_KEY_VARIABLE = "STEERSERVE_API_KEY"
-TLS_CA_VARIABLE = "STEERSERVE_TLS_CA"
-MAX_RECEIVED_BYTES = 64 << 20
-"""Scores of every intervention at every position take more than gRPC's 4 MiB."""
+from steerserve.v1 import generation_pb2, generation_pb2_grpc, policy_pb2, policy_pb2_grpc, score_pb2
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -118,45 +111,6 @@ class Reply(Completion):
     completions: tuple[Completion, ...]
 
 
-@dataclass(frozen=True)
-class TLS:
-    """Files, in PEM, of a connection that is encrypted.
-
-    Attributes:
-        ca: authorities of the server's certificate; None: those of the system.
-        certificate, private_key: the client's own, where the server asks for one.
-    """
-
-    ca: str | None = None
-    certificate: str | None = None
-    private_key: str | None = None
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """As gRPC takes them.
-
-        Raises:
-            AssetError: a file cannot be read.
-        """
-        ca, key, certificate = (_read(path) for path in (self.ca, self.private_key, self.certificate))
-        return grpc.ssl_channel_credentials(ca, key, certificate)
-
-
-class _WithKey(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
-    """Adds the ``authorization`` header to every call."""
-
-    def __init__(self, key: str) -> None:
-        self._header = ("authorization", f"Bearer {key}")
-
-    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
-        return continuation(self._with_key(details), request)
-
-    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
-        return continuation(self._with_key(details), request)
-
-    def _with_key(self, details: Any) -> Any:
-        return details._replace(metadata=[*(details.metadata or ()), self._header])
-
-
 class SteerserveClient:
     """One channel to a server; safe to share between threads. Close it, or use it in a ``with`` statement.
 
@@ -165,30 +119,27 @@ class SteerserveClient:
 
     Args:
         target: ``host:port``.
-        api_key: shown with every call; None: that in the environment variable STEERSERVE_API_KEY, if there is one.
-        tls: the server speaks TLS; None: if STEERSERVE_TLS_CA names a file of authorities.
+        api_key: shown with every call.
+        api_key_file: file that holds the key, so that no list of processes does. Without either, the environment
+            variables STEERSERVE_API_KEY and STEERSERVE_API_KEY_FILE say; an empty one counts as none.
+        tls: the server speaks TLS; None: if the environment variables STEERSERVE_TLS_CA, STEERSERVE_TLS_CERTIFICATE and
+            STEERSERVE_TLS_PRIVATE_KEY name files.
 
     Raises:
-        InvalidRequestError: a key for a server elsewhere, without TLS.
+        InvalidRequestError: a key for a server elsewhere, without TLS; a file that is no key.
+        AssetError: a file cannot be read.
     """
 
-    def __init__(self, target: str = DEFAULT_TARGET, api_key: str | None = None, tls: TLS | None = None) -> None:
-        authority = os.environ.get(TLS_CA_VARIABLE)
-        if tls is None and authority:
-            tls = TLS(authority)
-        key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
-        if key and tls is None and not is_loopback(target.rpartition(":")[0].strip("[]")):
-            expected = f"TLS: {target} is not on this machine, and the key would be sent in the clear"
-            raise InvalidRequestError("api_key", "a key without TLS", expected)
-        options = [("grpc.max_receive_message_length", MAX_RECEIVED_BYTES)]
-        if tls is None:
-            channel = grpc.insecure_channel(target, options)
-        else:
-            channel = grpc.secure_channel(target, tls.credentials(), options)
-        self._channel = channel
-        if key:
-            channel = grpc.intercept_channel(channel, _WithKey(key))
-        self._stub = generation_pb2_grpc.GenerationServiceStub(channel)
+    def __init__(
+        self,
+        target: str = DEFAULT_TARGET,
+        api_key: str | None = None,
+        tls: TLS | None = None,
+        api_key_file: str | None = None,
+    ) -> None:
+        self._channel, with_key = channel_to(target, key_of(api_key, api_key_file), tls)
+        self._stub = generation_pb2_grpc.GenerationServiceStub(with_key)
+        self._policies = policy_pb2_grpc.PolicyServiceStub(with_key)
 
     def __enter__(self) -> Self:
         return self
@@ -237,14 +188,21 @@ class SteerserveClient:
         return self._pieces(message, options.get("timeout"))
 
     def score(
-        self, text: str, concepts: Sequence[str] = (), return_tokens: bool = False, timeout: float | None = None
-    ) -> dict[str, ConceptScore]:
-        """How much a text shows each of ``concepts``, or of all that are loaded, by name.
+        self,
+        text: str,
+        concepts: Sequence[str] = (),
+        policies: Sequence[str] = (),
+        return_tokens: bool = False,
+        timeout: float | None = None,
+    ) -> TextScores:
+        """How much a text shows each of ``concepts``, or of all that are loaded.
 
         Args:
+            policies: as ``name`` or ``name@version``; what their rules would do about the text is in ``verdicts``.
             return_tokens: with the score at every token, not the largest alone.
+            timeout: seconds until the call is ended with DEADLINE_EXCEEDED.
         """
-        message = score_pb2.ScoreRequest(text=text, concepts=concepts, return_tokens=return_tokens)
+        message = score_pb2.ScoreRequest(text=text, concepts=concepts, policies=policies, return_tokens=return_tokens)
         with _typed_errors():
             return scores_from_proto(self._stub.Score(message, timeout=timeout))
 
@@ -257,6 +215,20 @@ class SteerserveClient:
         """Version, uptime, requests running and waiting."""
         with _typed_errors():
             return self._stub.GetServerInfo(generation_pb2.GetServerInfoRequest())
+
+    def list_policies(self) -> Sequence[policy_pb2.PolicyInfo]:
+        """The policies in force; needs a key with the role of operators."""
+        with _typed_errors():
+            return self._policies.ListPolicies(policy_pb2.ListPoliciesRequest()).policies
+
+    def reload_policies(self) -> policy_pb2.ReloadPoliciesResponse:
+        """Have the server read its policy and access files again; needs a key with the role of operators.
+
+        Raises:
+            PolicyError: what is wrong with the files; the policies in force stay.
+        """
+        with _typed_errors():
+            return self._policies.ReloadPolicies(policy_pb2.ReloadPoliciesRequest())
 
     def _pieces(self, message: generation_pb2.GenerateStreamRequest, timeout: float | None) -> Iterator[StepOutput]:
         call = self._stub.GenerateStream(message, timeout=timeout)
@@ -305,13 +277,6 @@ def _completion(output: StepOutput) -> Completion:
     assert output.finish_reason is not None, "a response is finished"
     assert output.receipt is not None, "a finished response has a receipt"
     return Completion(**{field.name: getattr(output, field.name) for field in fields(Completion)})
-
-
-def _read(path: str | None) -> bytes | None:
-    try:
-        return None if path is None else Path(path).read_bytes()
-    except OSError as error:
-        raise AssetError(f"{path}: {error.strerror}") from error
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class HttpConfig(BaseModel):
     """Most tokens of a chat completion that does not say."""
 
     read_timeout_s: float = Field(default=30.0, gt=0)
-    """For a request's body to arrive."""
+    """For a request's headers to arrive, and then for its body."""
 
     write_timeout_s: float = Field(default=30.0, gt=0)
     """For a client to take the next piece of a stream; one that reads no more is hung up on, and its slot freed."""
@@ -149,7 +149,13 @@ class AccessConfig(BaseModel):
     """PEM file of its key."""
 
     client_ca: str | None = None
-    """PEM file of the authorities of client certificates; with it every client of gRPC must show one."""
+    """PEM file of the authorities of client certificates; with it every client of gRPC and HTTP must show one."""
+
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of ``PolicyService``, which then is on no other; None: it is on the port of gRPC."""
+
+    admin_host: str = "127.0.0.1"
+    """Address of that port."""
 
     @model_validator(mode="after")
     def _certificate_and_key(self) -> Self:
@@ -256,7 +262,7 @@ class ServerConfig(BaseModel):
     """Policies beside those that the packs are."""
 
     monitor_plan: str | None = None
-    """File of a monitor plan: what is read of every response, see docs/circuits.md; None: nothing."""
+    """Monitor plan, a file or a built-in one: what is read of every response, docs/circuits.md; None: nothing."""
 
     host: str = "127.0.0.1"
     """Address to listen on; others than loopback need keys and TLS, or ``access.insecure_bind``."""

@@ -12,7 +12,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from steerserve.types import ConceptScore, GuardEvent, Receipt, StepOutput, Verdict, VerdictKind, overall_verdict
+from steerserve.types import GuardEvent, Receipt, StepOutput, TextScores, Verdict, VerdictKind, overall_verdict
 
 _COLD, _HOT = (40, 40, 60), (220, 60, 30)
 
@@ -73,16 +73,21 @@ def verdict_view(verdicts: Sequence[Verdict]) -> Text:
     return view
 
 
-def score_view(text: str, scores: Iterable[ConceptScore]) -> Group:
+def score_view(text: str, read: TextScores) -> Group:
     """The text once per concept, each token above the threshold on a background: the largest score's is the hottest."""
     parts: list[RenderableType] = []
-    for score in scores:
+    for score in read.concepts.values():
         largest = score.largest
         said = "no token" if largest is None else f"{largest.score:.2f}, threshold {score.threshold:.2f}"
         flagged = ("FLAGGED", "bold yellow") if score.flagged else ("", "dim")
         parts.append(Text.assemble((f"{score.concept}: {said} ", "dim"), flagged))
         above = [TokenScore(text[token.start : token.end], token.score - score.threshold) for token in score.tokens]
         parts.append(heat_strip(above, peak(above)))
+    for verdict in read.verdicts:
+        words = ", ".join(repr(text[token.start : token.end]) for token in verdict.tokens)
+        said = f" {verdict.rule}, above {verdict.threshold:.2f}: {words}" if verdict.threshold is not None else ""
+        style = "dim" if verdict.kind is VerdictKind.ALLOW else "bold yellow"
+        parts.append(Text.assemble((f"{verdict.policy}: ", "dim"), (verdict.kind.upper(), style), said))
     return Group(*parts)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -16,6 +18,9 @@ MAX_DEPTH = 16
 
 _FORMS = {r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, '.', '_' and '-', a letter or digit first"}
 """Patterns of the schemas in words."""
+
+_KINDS = {type(None): "nothing", list: "a list", int: "a number", float: "a number", bool: "true or false"}
+"""What a file may be in place of named fields, in words."""
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -56,12 +61,21 @@ def parse_yaml(data: bytes, origin: str, model: type[ModelT]) -> ModelT:
     if problems:
         raise PolicyError(problems)
     if not isinstance(content, dict):
-        raise PolicyError([f"{origin}:1: got {type(content).__name__}, expected named fields"])
+        raise PolicyError([f"{origin}:1: got {_KINDS.get(type(content), 'text')}, expected named fields"])
     try:
         return model.model_validate(content)
     except ValidationError as error:
         told = [e for e in error.errors() if _says_more(e)]
-        raise PolicyError([f"{origin}:{_line(root, e['loc'])}: {_words(e)}" for e in told]) from None
+        raise PolicyError([f"{origin}:{_line_of(root, e)}: {_words(e, model)}" for e in told]) from None
+
+
+def located(path: Path, problem: str) -> str:
+    """A problem that begins with its field, behind the file and the field's line, as far as the file can be read."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return f"{path}: {problem}"
+    return f"{path}:{_line(root, _path_of(problem))}: {problem}"
 
 
 def _refuse_deep(text: str, origin: str) -> None:
@@ -101,6 +115,20 @@ def _ambiguities(node: yaml.Node | None, seen: set[int] | None = None) -> Iterat
             yield from _ambiguities(item, seen)
 
 
+def _line_of(root: yaml.Node | None, error: Any) -> int:
+    """Where one of pydantic's errors is: what fits together wrongly is told of a whole, and says itself which part."""
+    own = _path_of(error["msg"].removeprefix("Value error, ")) if error["type"] == "value_error" else ()
+    return _line(root, (*error["loc"], *own))
+
+
+def _path_of(problem: str) -> tuple[int | str, ...]:
+    """``("rules", 1, "name")`` of ``rules[1].name: ...``; empty where it names no field."""
+    field, colon, _ = problem.partition(": ")
+    if not colon or not re.fullmatch(r"[\w.\[\]-]+", field):
+        return ()
+    return tuple(int(index) if index else name for index, name in re.findall(r"\[(\d+)\]|([\w-]+)", field))
+
+
 def _line(node: yaml.Node | None, path: Sequence[int | str]) -> int:
     """Where the field at ``path`` is, or the deepest part of it that is there."""
     line = 1 if node is None else node.start_mark.line + 1
@@ -127,20 +155,42 @@ def _says_more(error: Any) -> bool:
     return not branch.startswith("literal[") or not isinstance(error["input"], dict)
 
 
-def _words(error: Any) -> str:
+def _words(error: Any, model: type[BaseModel]) -> str:
     """One of pydantic's errors as ours: field, value, what would be valid."""
-    parts = [part for part in error["loc"] if not _names_a_choice(part)]
+    is_unknown = error["type"] == "extra_forbidden"  # then the last part is the author's own
+    last = len(error["loc"]) - 1
+    parts = [p for i, p in enumerate(error["loc"]) if (is_unknown and i == last) or not _names_a_choice(p)]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if error["type"] == "extra_forbidden":
-        return f"{field}: unknown, expected only fields of the schema"
+    if is_unknown:
+        known = _fields_at(model, error["loc"][:-1])
+        nearest = difflib.get_close_matches(str(parts[-1]), known, n=1)
+        return f"{field}: unknown, expected {nearest[0] if nearest else 'only ' + ', '.join(known)}"
     if error["type"] == "missing":
         return f"{field}: missing, expected a value"
     if error["type"] == "string_pattern_mismatch":
         message = _FORMS.get(error["ctx"]["pattern"], f"text of the form {error['ctx']['pattern']}")
+    if error["type"] in ("tuple_type", "list_type"):
+        message = "a list"
     if error["type"] == "value_error":
         return f"{field}: {message}" if field else message
     return f"{field}: got {error['input']!r:.80}, expected {message}"
+
+
+def _fields_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
+    """What a mapping of the schema may have."""
+    models = [model]
+    for part in path:
+        inside = [each.model_fields[part].annotation for each in models if part in each.model_fields]
+        models = [found for annotation in inside for found in _models_in(annotation)] or models
+    return list(dict.fromkeys(name for each in models for name in each.model_fields))
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
 
 
 def _names_a_choice(part: int | str) -> bool:

@@ -328,6 +328,7 @@ class SamplingParams:
     """
 
     max_tokens: int = 64
+    """0: nothing is drawn, the prompt is only read; not on the wire."""
     n: int = 1
     """Responses to draw; they share the prompt's computation. Response i uses ``seed`` + i."""
     temperature: float = 1.0
@@ -357,7 +358,8 @@ class SamplingParams:
     """Report this many of the most likely tokens with each generated one; 0: that one alone; None: nothing."""
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "sampling.max_tokens", self.max_tokens, "an integer >= 1")
+        # Not ">= 0": who asks for none has another call for that.
+        _require(self.max_tokens >= 0, "sampling.max_tokens", self.max_tokens, "an integer >= 1")
         _require(1 <= self.n <= MAX_RESPONSES, "sampling.n", self.n, f"an integer in [1, {MAX_RESPONSES}]")
         _require(
             math.isfinite(self.temperature) and self.temperature >= 0,
@@ -431,6 +433,11 @@ class GenerateRequest:
     """Ends the request with DEADLINE_EXCEEDED this long after it was added, wherever it stands."""
     cache_salt: str = ""
     """Only requests with equal salts share cached prefixes."""
+
+    @property
+    def is_reading(self) -> bool:
+        """Nothing is generated: the response ends, empty, once the prompt has been read."""
+        return self.sampling.max_tokens == 0
 
 
 class FinishReason(StrEnum):
@@ -654,6 +661,49 @@ class ConceptScore:
     def flagged(self) -> bool:
         """The largest score exceeds the threshold."""
         return self.largest is not None and self.largest.score > self.threshold
+
+
+@dataclass(frozen=True)
+class TextVerdict:
+    """What a rule of a policy would do about a text, were it an answer of the model that the policy guards.
+
+    Attributes:
+        kind: ``ALLOW`` of a policy none of whose rules acts, else ``FLAGGED``, ``REDACTED`` or ``BLOCKED``.
+        policy: ``name@version``.
+        rule: what the policy calls it; empty for a policy as a whole.
+        threshold: the score above which it acts.
+        tokens: those at which it acts.
+    """
+
+    kind: VerdictKind
+    policy: str
+    rule: str = ""
+    threshold: float | None = None
+    tokens: tuple[ScoredToken, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """What was read in a text that another model wrote.
+
+    Attributes:
+        concepts: by name.
+        receipts: proof that the kernel read every token; one for each part of the text that was read by itself.
+    """
+
+    concepts: Mapping[str, ConceptScore]
+    verdicts: tuple[TextVerdict, ...]
+    receipts: tuple[Receipt, ...]
+
+    @property
+    def flagged(self) -> bool:
+        """One of the concepts is."""
+        return any(score.flagged for score in self.concepts.values())
+
+    @property
+    def acted_on(self) -> bool:
+        """A rule of a policy would have done something."""
+        return any(verdict.kind is not VerdictKind.ALLOW for verdict in self.verdicts)
 
 
 StopReason = str | int

@@ -36,16 +36,35 @@ ALLOWED: dict[str, set[str]] = {
     "demo": PLAIN | {"client", "display", "lab", "models"},
 }
 
-CIRCUIT_COMMANDS = ("discover", "features", "geometry", "lens", "options", "pairs", "patch", "probe", "roles")
+CIRCUIT_COMMANDS = (
+    "discover",
+    "edges",
+    "faithfulness",
+    "features",
+    "geometry",
+    "lens",
+    "monitor_plan",
+    "monitors",
+    "options",
+    "pairs",
+    "patch",
+    "probe",
+    "progress",
+    "roles",
+    "stability",
+)
 
 EXCEPTIONS: dict[str, set[str]] = {
     # A card must measure the path that serves.
     "lab.concept_eval.continuations": {"engine"},
     # Commands of both read the same texts and take the same options.
     **{f"circuits.commands.{name}": {"lab"} for name in CIRCUIT_COMMANDS},
+    # A monitor is fitted and judged as a concept's detector is, on the same texts.
+    **{f"circuits.monitoring.{name}": {"lab"} for name in ("examples", "probes", "reads")},
     "lab.concept_eval.teacher_forced": {"kernels"},
     "lab.evaluation.splice": {"kernels"},  # the figures are of the kernels that serve
     "serving.app": {"models", "sae"},  # loads what it serves
+    "serving.policy_commands": {"client"},  # `policy reload` asks a server as its users do
     "steering.compiler": {"kernels"},  # a plan carries the kernel's op codes
 }
 

@@ -131,8 +131,8 @@ class Engine:
         catalog = self.catalog  # the one in force now: what is compiled against it stays
         check_limits(request, find_policies(request.policies, catalog))
         steering = request.steering
-        asks = bool(steering.interventions or steering.guards or request.policies)
-        plan = self._plan(steering, request.policies, catalog) if asks else self._bare_plan
+        asks = bool(steering.interventions or steering.guards or request.policies or request.is_reading)
+        plan = self._plan(steering, request.policies, catalog, request.is_reading) if asks else self._bare_plan
         if len(plan.scores) > SCORES_PER_TOKEN:
             expected = f"at most {SCORES_PER_TOKEN} gates and guards, equal gates counted once"
             raise InvalidRequestError("steering.guards", f"{len(plan.scores)} gates and guards", expected)
@@ -240,8 +240,10 @@ class Engine:
 
     # Admission.
 
-    def _plan(self, spec: SteeringSpec, policies: Items[str], catalog: Catalog) -> Plan:
-        return compile_plan(spec, policies, catalog, self.sites, self.monitors.edits)
+    def _plan(self, spec: SteeringSpec, policies: Items[str], catalog: Catalog, is_reading: bool = False) -> Plan:
+        # Monitors watch the model at its own work, at any layer: not a text that another one wrote.
+        monitors = () if is_reading else self.monitors.edits
+        return compile_plan(spec, policies, catalog, self.sites, monitors)
 
     def _policy_plan(self, policy: Policy, catalog: Catalog | None = None) -> Plan | None:
         """What a policy alone comes to; None if its sites are not steered."""
@@ -261,6 +263,7 @@ class Engine:
         arrival: int,
         deadline: float | None,
     ) -> Sequence:
+        num_layers = entries.plan.num_layers if request.is_reading else self.model.n_layers
         kv_bytes = self._runner.kv_store.num_bytes // (self.config.num_blocks * self.config.block_size)
         return Sequence(
             request,
@@ -268,7 +271,9 @@ class Engine:
             prompt,
             entries,
             Detokenizer(self.model.tokenizer, prompt),
-            root_key=sha256(f"{self.model.fingerprint} {request.cache_salt}".encode()).digest(),
+            num_layers,
+            # What was computed in some of the layers serves those that need no others.
+            root_key=sha256(f"{self.model.fingerprint} {num_layers} {request.cache_salt}".encode()).digest(),
             block_size=self.config.block_size,
             arrival=arrival,
             deadline=deadline,
@@ -313,9 +318,8 @@ class Engine:
         batch = FlatBatch.of(chunks)
         self._readings.prepare(batch.pieces)
         try:
-            # Where no prompt is finished nothing is drawn, yet the model wants a place for its logits.
-            logits_at = batch.logits_at or [0]
-            logits = self._runner.forward(batch.token_ids, batch.positions, batch.rows, logits_at)
+            num_layers = max(chunk.sequence.num_layers for chunk in chunks)
+            logits = self._runner.forward(batch.token_ids, batch.positions, batch.rows, batch.logits_at, num_layers)
         except Exception as error:
             # The pass is shared, so is its failure; the requests that wait must not suffer from it.
             return [output for chunk in chunks for output in self._end(chunk.sequence, error=error)]

@@ -30,8 +30,10 @@ def encode_prompt(request: GenerateRequest, model: LoadedModel, max_model_len: i
         if not 0 <= token_id < model.vocab_size:
             expected = f"a token id from 0 to {model.vocab_size - 1}"
             raise InvalidRequestError(f"prompt.token_ids[{index}]", token_id, expected)
-    if len(token_ids) >= max_model_len:
-        expected = f"at most {max_model_len - 1} tokens (max_model_len {max_model_len} less one to generate)"
+    longest = max_model_len if request.is_reading else max_model_len - 1
+    if len(token_ids) > longest:
+        reason = "" if request.is_reading else " less one to generate"
+        expected = f"at most {longest} tokens (max_model_len {max_model_len}{reason})"
         raise InvalidRequestError("prompt", f"{len(token_ids)} tokens", expected)
     room = max_model_len - len(token_ids)
     if request.sampling.max_tokens > room:

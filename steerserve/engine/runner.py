@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
+from torch import nn
 
 from steerserve.config import EngineConfig
 from steerserve.models.attention import KVStore, PagedAttention
@@ -43,6 +44,8 @@ class ModelRunner:
             IncompatibleError: the model's positions depend on the whole batch.
         """
         self._model = model = loaded.model
+        self._adapter = loaded.adapter
+        self._num_layers = loaded.n_layers
         self._compile = config.compile
         num_tokens = config.max_num_batched_tokens
         self.kv_store = KVStore(
@@ -71,6 +74,8 @@ class ModelRunner:
         self._position_ids = torch.zeros(1, num_tokens, dtype=torch.long)
         self._logits_at = torch.zeros(num_tokens, dtype=torch.long)
         self._inputs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._decoders: dict[int, nn.Module] = {}
+        self._no_logits = torch.zeros(0, loaded.vocab_size)
         self._is_warm = False
 
     def warm_up(self) -> float:
@@ -100,22 +105,36 @@ class ModelRunner:
         self.kv_store.block_table.numpy()[row, first_index : first_index + len(block_ids)] = block_ids
 
     def forward(
-        self, token_ids: Sequence[int], positions: Sequence[int], rows: Sequence[int], logits_at: Sequence[int]
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        rows: Sequence[int],
+        logits_at: Sequence[int],
+        num_layers: int | None = None,
     ) -> torch.Tensor:
         """Feed N tokens; float32 logits ``[len(logits_at), vocab]`` at these indices into the batch.
 
         The tokens of one row stand at consecutive positions, behind what the row holds already. What they follow
         in the batch may be any tokens of other rows.
+
+        Args:
+            num_layers: how many layers run at least where no logits are asked for; None: all. Less only for rows of
+                which none are ever wanted: they hold these tokens in these layers alone.
         """
         assert self._is_warm or not self._compile, "warm_up compiles the model, and comes first"
-        return self._forward(token_ids, positions, rows, logits_at)
+        return self._forward(token_ids, positions, rows, logits_at, num_layers)
 
     def close(self) -> None:
         """Give the model back as it was; a second time changes nothing."""
         self._undo.close()
 
     def _forward(
-        self, token_ids: Sequence[int], positions: Sequence[int], rows: Sequence[int], logits_at: Sequence[int]
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        rows: Sequence[int],
+        logits_at: Sequence[int],
+        num_layers: int | None = None,
     ) -> torch.Tensor:
         num_tokens = len(token_ids)
         self._input_ids.numpy()[0, :num_tokens] = token_ids
@@ -125,6 +144,10 @@ class ModelRunner:
         self._logits_at.numpy()[: len(logits_at)] = logits_at
         input_ids, position_ids = self._inputs.get(num_tokens) or self._inputs_of(num_tokens)
         with torch.inference_mode(), self._no_recompilation():
+            if not logits_at and not self._compile:  # one graph, with all of the model, is what is compiled
+                decoder = self._decoder(self._num_layers if num_layers is None else num_layers)
+                decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+                return self._no_logits
             output = self._model(
                 input_ids=input_ids,
                 position_ids=position_ids,
@@ -133,6 +156,11 @@ class ModelRunner:
             )
             logits: torch.Tensor = output.logits[0].float()
         return logits
+
+    def _decoder(self, num_layers: int) -> nn.Module:
+        if num_layers not in self._decoders:
+            self._decoders[num_layers] = self._adapter.first_layers(self._model, num_layers)
+        return self._decoders[num_layers]
 
     def _inputs_of(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The inputs cut to size, each made once: what the compiler is told about a size is told about the tensor."""

@@ -50,6 +50,7 @@ class Sequence:
 
     Attributes:
         token_ids: prompt, then response.
+        num_layers: those that must run for it: of a reading, up to the last place where it is read.
         num_computed: positions whose keys and values stand in the cache.
         num_read: positions whose scores and counts have been taken; what is computed again is not read again.
         blocks, row: the cache blocks of its positions and its line in the block table, while it runs.
@@ -70,6 +71,7 @@ class Sequence:
         prompt: Items[int],
         entries: PlanEntries,
         detokenizer: Detokenizer,
+        num_layers: int,
         root_key: bytes,
         block_size: int,
         arrival: int,
@@ -82,6 +84,7 @@ class Sequence:
         self.deadline = deadline
         self.plan = entries.plan
         self.entries = entries
+        self.num_layers = num_layers
         self.root_key = root_key
         self.is_cacheable = is_cacheable
         self.num_to_launch = 0
@@ -97,7 +100,7 @@ class Sequence:
         self.stop_strings = StopStrings(request.sampling.stop, request.sampling.include_stop_str_in_output)
         self.sampler = RowSampler(request.sampling, prompt, index)
         self.held: deque[HeldToken] = deque()
-        self.finish_reason: FinishReason | None = None
+        self.finish_reason: FinishReason | None = FinishReason.LENGTH if request.is_reading else None
         self.stop_reason: StopReason | None = None
         self.guard_events: list[GuardEvent] = []
         self.redacted: set[int] = set()
@@ -141,7 +144,7 @@ class Sequence:
     @property
     def reads_last_token(self) -> bool:
         """The last token is fed to the model too, for the sake of what is read there."""
-        return bool(self.plan.guards) or self.reports_scores
+        return bool(self.plan.guards) or self.reports_scores or self.request.is_reading
 
     @property
     def reports_scores(self) -> bool:

@@ -7,6 +7,7 @@ Hugging Face's ``hidden_states[-1]`` is taken after the final norm and is no lay
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,6 +60,18 @@ class FamilyAdapter:
         layers = model.get_submodule(self.layers_path)
         assert isinstance(layers, nn.ModuleList)
         return list(layers)
+
+    def first_layers(self, model: PreTrainedModel, num_layers: int) -> nn.Module:
+        """The decoder as it is up to its ``num_layers``-th layer, and nothing behind that; all it holds is the model's.
+
+        Called like the decoder; no norm comes before its last hidden state.
+        """
+        path, _, layers = self.layers_path.rpartition(".")
+        decoder = copy.copy(model.get_submodule(path))
+        decoder._modules = dict(decoder._modules)
+        setattr(decoder, layers, nn.ModuleList(self.layers(model)[:num_layers]))
+        setattr(decoder, self.final_norm.rpartition(".")[2], nn.Identity())
+        return decoder
 
     def attention_layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention module of every layer, in model order."""

@@ -6,16 +6,26 @@ round of SHA-256 hides them: there is nothing to guess that a slow hash would pr
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from steerserve.steering.packs import Name, Sha256
+from steerserve.steering.packs import Name
 from steerserve.strict_yaml import read_yaml
 
+
+def _is_hash(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+        return value
+    # Not what was given: it may be the key.
+    raise ValueError("expected 64 hexadecimal digits, as `steerserve keys create` prints them; not the key")
+
+
+KeyHash = Annotated[str, BeforeValidator(_is_hash)]
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._-]*)?$")]
 
 
@@ -79,15 +89,18 @@ class Key(_Strict):
     Attributes:
         id: names it in logs, metrics and the audit log.
         sha256: of the key.
-        certificate: common name of a client certificate that stands for the key under mutual TLS.
+        certificate: a name of a client certificate that stands for the key under mutual TLS: its common name, or a
+            DNS name or URI among its alternative names.
+        quotas: of this key, within those of its tenant.
         expires: with its offset from UTC.
     """
 
     id: Name
     tenant: Name
     roles: tuple[Role, ...] = (Role.USER,)
-    sha256: Sha256 | None = None
+    sha256: KeyHash | None = None
     certificate: str | None = None
+    quotas: Quotas = Quotas()
     expires: datetime | None = None
 
     @model_validator(mode="after")

@@ -6,8 +6,6 @@ taken before the engine has any work, and settled when the exchange ends, howeve
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -15,17 +13,16 @@ from datetime import datetime
 from pathlib import Path
 
 from steerserve.errors import PolicyError, ServiceError
-from steerserve.serving.access import AccessFile, Role, Tenant, read_access
+from steerserve.serving.access import AccessFile, Quotas, Role, Tenant, read_access
+from steerserve.serving.following import follow
 from steerserve.serving.keys import caller_of, utc_now
-from steerserve.serving.quotas import Reservation, TenantUsage
+from steerserve.serving.quotas import Reservation, Usage, reserve
 from steerserve.serving.service import Caller, Exchange
 from steerserve.types import GenerateRequest, GuardAction, Op, SteeringSpec, StepOutput
 
-_log = logging.getLogger(__name__)
-
 
 class Access:
-    """The access file in force, and what its tenants have used.
+    """The access file in force, and what its tenants and keys have used.
 
     Args:
         path: None: there are no keys, and everyone may ask everything.
@@ -46,13 +43,13 @@ class Access:
         self._loaded_policies = loaded_policies
         self._clock = clock
         self._now = now
-        self._usage: dict[str, TenantUsage] = {}
+        self._usage: dict[str, Usage] = {}
         self._reservations: dict[int, Reservation] = {}
         self._file: AccessFile | None = None
         self.reload()
 
     def reload(self) -> None:
-        """Read the file again; what tenants have used still counts.
+        """Read the file again; what tenants and keys have used still counts.
 
         Raises:
             PolicyError: it is wrong, or requires a policy that is not in force. The file in force stays.
@@ -76,39 +73,25 @@ class Access:
         if file is None:
             return
         for name, tenant in file.tenants.items():
-            if name in self._usage:
-                self._usage[name].change(tenant.quotas)
-            else:
-                self._usage[name] = TenantUsage(tenant.quotas, self._clock)
+            self._allow(f"tenant {name}", tenant.quotas)
+        for key in file.keys:
+            self._allow(f"key {key.id}", key.quotas)
         self._file = file
 
     async def watch(self, every_s: float) -> None:
         """Reload whenever the file has changed, until cancelled; what is wrong goes to the log, once."""
-        seen, said = self._signature(), ""
-        while True:
-            await asyncio.sleep(every_s)
-            now = self._signature()
-            if now == seen:
-                continue
-            try:
-                self.reload()
-            except PolicyError as error:  # perhaps of a policy that is being changed with it: tried again
-                if str(error) != said:
-                    _log.error("access is not reloaded, what is in force stays: %s", error)
-                said = str(error)
-            else:
-                seen, said = now, ""
-                _log.info("access reloaded")
+        # What is wrong may be mended by a policy that is being changed with it: it is tried again.
+        await follow([] if self._path is None else [self._path], self.reload, "access", every_s)
 
-    def authenticate(self, authorization: str | None, common_names: Iterable[str] = ()) -> Caller:
-        """Who shows this ``Authorization`` header, or else a client certificate with one of these common names.
+    def authenticate(self, authorization: str | None, certified: Iterable[str] = ()) -> Caller:
+        """Who shows this ``Authorization`` header, or else a client certificate with one of these names.
 
         Raises:
             ServiceError: UNAUTHENTICATED.
         """
         if self._file is None:
             return Caller(roles=frozenset(Role))
-        return caller_of(self._file.keys, authorization, common_names, self._now())
+        return caller_of(self._file.keys, authorization, certified, self._now())
 
     def require(self, caller: Caller, role: Role) -> None:
         """Refuse a caller without a role.
@@ -125,7 +108,7 @@ class Access:
         Raises:
             ServiceError: PERMISSION_DENIED; UNAVAILABLE where a policy it must have is not in force.
             CapacityError: a quota is used up; says for how long.
-            InvalidRequestError: more tokens than the tenant ever has.
+            InvalidRequestError: more tokens than the tenant or the key ever has.
         """
         if self._file is None:
             return exchange.request
@@ -137,7 +120,8 @@ class Access:
         _check_freedoms(tenant, caller.tenant, exchange.request)
         asked = exchange.request.policies
         policies = asked if exchange.is_reading else self._policies(tenant, caller.tenant, asked)
-        self._reservations[exchange.number] = self._usage[caller.tenant].reserve(caller.tenant, exchange.request)
+        usages = [self._usage[owner] for owner in (f"tenant {caller.tenant}", f"key {caller.key_id}")]
+        self._reservations[exchange.number] = reserve(usages, exchange.request)
         # What one tenant has in the prefix cache must not tell another what its prompts are.
         salt = f"{len(caller.tenant)}:{caller.tenant}:{exchange.request.cache_salt}"
         priority = max(exchange.request.priority, tenant.first_priority)
@@ -155,21 +139,19 @@ class Access:
         if reservation is not None:
             reservation.generated += len(output.token_ids)
             if output.num_prompt_tokens:  # only a last output knows
-                self._usage[exchange.caller.tenant].count_prompt(reservation, output.num_prompt_tokens)
+                reservation.count_prompt(output.num_prompt_tokens)
 
     async def ended(self, exchange: Exchange, error: BaseException | None) -> None:
         """Settle it."""
         reservation = self._reservations.pop(exchange.number, None)
         if reservation is not None:
-            self._usage[exchange.caller.tenant].settle(reservation)
+            reservation.settle()
 
-    def _signature(self) -> tuple[int, int, int] | None:
-        """Changes whenever the file does."""
-        try:
-            stat = self._path.stat() if self._path is not None else None
-        except OSError:
-            return None
-        return None if stat is None else (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+    def _allow(self, owner: str, quotas: Quotas) -> None:
+        if owner in self._usage:
+            self._usage[owner].change(quotas)
+        else:
+            self._usage[owner] = Usage(owner, quotas, self._clock)
 
     def _policies(self, tenant: Tenant, name: str, asked: Sequence[str]) -> tuple[str, ...]:
         rules, loaded = tenant.policies, self._loaded_policies()

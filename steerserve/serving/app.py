@@ -23,13 +23,15 @@ from steerserve.engine.engine import Engine
 from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.pull import resolve_model
 from steerserve.sae.registry import load_sae
+from steerserve.serving.admin import POLICY_SERVICE, AdminServer
 from steerserve.serving.admission import Access
 from steerserve.serving.audit.observer import AuditObserver
+from steerserve.serving.certificates import Certificates, certified_names
 from steerserve.serving.decoding import DecodingInterceptor
 from steerserve.serving.engine_loop import EngineLoop
 from steerserve.serving.health import Health
 from steerserve.serving.instruments import Instruments
-from steerserve.serving.listening import bind, check_exposed, common_names, server_credentials
+from steerserve.serving.listening import bind, check_exposed
 from steerserve.serving.policy_files import PolicyFiles
 from steerserve.serving.policy_servicer import PolicyServicer
 from steerserve.serving.service import Caller, Service
@@ -38,7 +40,7 @@ from steerserve.steering.catalog import ASSETS, Catalog
 from steerserve.steering.monitors import NO_MONITORS, read_monitors
 from steerserve.steering.pack_files import load_pack
 from steerserve.types import GenerateRequest, SamplingParams
-from steerserve.v1 import generation_pb2, generation_pb2_grpc, policy_pb2, policy_pb2_grpc
+from steerserve.v1 import generation_pb2, generation_pb2_grpc, policy_pb2_grpc
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -47,11 +49,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-POLICY_SERVICE = policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name
 SERVICE = generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 # Time for complete answers to reach their clients after the port has closed.
 _FLUSH_S = 1.0
-_LOOK_AT_ACCESS_S = 2.0
+_LOOK_AT_FILES_S = 2.0
 # Of one connection.
 _MAX_STREAMS = 1024
 
@@ -85,6 +86,7 @@ class Server:
         address: ``host:port`` as bound.
         http_address: that of HTTP, if it is on.
         metrics_address: that of Prometheus' metrics, if they are on.
+        admin_address: that of operators, if they have one of their own.
         access: who may call; ``policy_files``: to read policies again.
 
     Raises:
@@ -102,7 +104,9 @@ class Server:
         self.metrics_address = self._instruments.metrics_address
         interceptors = (*self._instruments.interceptors, DecodingInterceptor())
         self._server = grpc.aio.server(options=_channel_options(config), interceptors=interceptors)
-        self.address = bind(self._server, config.host, config.port, server_credentials(config.access))
+        self._certificates = None if config.access.certificate is None else Certificates(config.access)
+        credentials = None if self._certificates is None else self._certificates.server_credentials()
+        self.address = bind(self._server, config.host, config.port, credentials)
         self._engine_loop = EngineLoop(engine, on_broken=self._report_broken)
         self._health = Health(self._server, (SERVICE,))
         self.access = Access(_path(config.access.file), lambda: _policies_of(engine))
@@ -115,10 +119,16 @@ class Server:
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, self._server)
         self.policy_files = PolicyFiles(engine, config.policies)
         policies = PolicyServicer(engine, self.policy_files, self.access, self._caller_of)
-        policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, self._server)
-        reflection.enable_server_reflection(
-            (SERVICE, POLICY_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
-        )
+        services = [SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        self._admin: AdminServer | None = None
+        if config.access.admin_port is None:
+            policy_pb2_grpc.add_PolicyServiceServicer_to_server(policies, self._server)
+            services.append(POLICY_SERVICE)
+        else:
+            credentials = None if self._certificates is None else self._certificates.server_credentials()
+            self._admin = AdminServer(config.access.admin_port, config, policies, credentials)
+        self.admin_address = None if self._admin is None else self._admin.address
+        reflection.enable_server_reflection(services, self._server)
         self._watching: list[asyncio.Task[None]] = []
         if config.envoy.policies:
             from steerserve.serving.envoy.processor import add_external_processor  # needs the extra "sidecar"
@@ -131,19 +141,23 @@ class Server:
             def authenticate(request: Request) -> Caller:
                 return self.access.authenticate(request.headers.get("authorization"))
 
-            self._http = HttpServer(service, config, authenticate, self._health)
+            self._http = HttpServer(service, config, authenticate, self._health, self._certificates)
         self.http_address = None if self._http is None else self._http.address
 
     async def start(self) -> None:
         """Warm up and serve: health is SERVING when this returns."""
         await self._health.start()
         await self._server.start()
+        if self._admin is not None:
+            await self._admin.start()
         if self._http is not None:
             await self._http.start()
         hang = self._health.watch(self._engine_loop.seconds_in_step, self._config.telemetry.hang_s)
         watches = [hang, self.policy_files.watch()]
         if self._config.access.file is not None:
-            watches.append(self.access.watch(_LOOK_AT_ACCESS_S))
+            watches.append(self.access.watch(_LOOK_AT_FILES_S))
+        if self._certificates is not None:
+            watches.append(self._certificates.watch(_LOOK_AT_FILES_S))
         self._watching = [asyncio.create_task(watch) for watch in watches]
         await _warm_up(self._engine_loop)
         await self._health.set_ready(True)
@@ -157,6 +171,8 @@ class Server:
         await self._engine_loop.drain(self._config.drain_timeout_s)
         if self._http is not None:
             await self._http.stop()
+        if self._admin is not None:
+            await self._admin.stop(0)
         await self._server.stop(_FLUSH_S)
         await self._engine_loop.stop()
         if self._audit is not None:
@@ -165,7 +181,7 @@ class Server:
 
     def _caller_of(self, context: Context) -> Caller:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        return self.access.authenticate(metadata.get("authorization"), common_names(context))
+        return self.access.authenticate(metadata.get("authorization"), certified_names(context))
 
     def _report_audit(self, is_written: bool) -> None:
         if self._watching:  # started, and not draining

@@ -8,7 +8,14 @@ from typing import TypeVar
 
 from steerserve.errors import InvalidRequestError
 from steerserve.serving.convert_steering import refuse_large_spec, spec_from_proto, spec_to_proto
-from steerserve.serving.fields import RequestMessage, bounded, expect, refuse_too_many, refuse_unknown_fields
+from steerserve.serving.fields import (
+    RequestMessage,
+    bounded,
+    expect,
+    refuse_no_tokens,
+    refuse_too_many,
+    refuse_unknown_fields,
+)
 from steerserve.types import GenerateRequest, Message, Prompt, SamplingParams
 from steerserve.v1 import generation_pb2
 
@@ -138,6 +145,7 @@ def _sampling_from_proto(message: generation_pb2.SamplingParams) -> SamplingPara
     for name, plain in (("logit_bias", dict), ("stop", tuple), ("stop_token_ids", tuple)):
         if name in given:
             given[name] = plain(given[name])
+    refuse_no_tokens(given.get("max_tokens", 1))
     return SamplingParams(**given)
 
 

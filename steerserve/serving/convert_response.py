@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # torch: a client needs none
     from steerserve.steering.monitors import Monitors
 
 _FINISH_REASONS = {generation_pb2.FinishReason.Value(f"FINISH_REASON_{reason.name}"): reason for reason in FinishReason}
-_VERDICT_KINDS = {verdict_pb2.VerdictKind.Value(f"VERDICT_KIND_{kind.name}"): kind for kind in VerdictKind}
+VERDICT_KINDS = {verdict_pb2.VerdictKind.Value(f"VERDICT_KIND_{kind.name}"): kind for kind in VerdictKind}
 
 
 def response_to_proto(outputs: Sequence[StepOutput]) -> generation_pb2.GenerateResponse:
@@ -252,7 +252,7 @@ def _finish_to_proto(output: StepOutput, num_generated_tokens: int) -> generatio
             )
             for event in output.guard_events
         ],
-        verdict=_verdict_kind_to_proto(overall_verdict(output.verdicts)),
+        verdict=verdict_kind_to_proto(overall_verdict(output.verdicts)),
         verdicts=[_verdict_to_proto(verdict) for verdict in output.verdicts],
     )
     match output.stop_reason:
@@ -264,16 +264,16 @@ def _finish_to_proto(output: StepOutput, num_generated_tokens: int) -> generatio
 
 
 def _verdict_to_proto(verdict: Verdict) -> verdict_pb2.Verdict:
-    return verdict_pb2.Verdict(**(vars(verdict) | {"kind": _verdict_kind_to_proto(verdict.kind)}))
+    return verdict_pb2.Verdict(**(vars(verdict) | {"kind": verdict_kind_to_proto(verdict.kind)}))
 
 
-def _verdict_kind_to_proto(kind: VerdictKind) -> verdict_pb2.VerdictKind.ValueType:
+def verdict_kind_to_proto(kind: VerdictKind) -> verdict_pb2.VerdictKind.ValueType:
     return verdict_pb2.VerdictKind.Value(f"VERDICT_KIND_{kind.name}")
 
 
 def _verdict_from_proto(message: verdict_pb2.Verdict) -> Verdict:
     return Verdict(
-        kind=_VERDICT_KINDS[message.kind],
+        kind=VERDICT_KINDS[message.kind],
         source=message.source,
         rule=message.rule,
         positions=tuple(message.positions),

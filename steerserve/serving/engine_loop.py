@@ -12,9 +12,10 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 
 from steerserve.engine.engine import Engine
@@ -24,7 +25,11 @@ from steerserve.types import GenerateRequest, StepOutput
 _log = logging.getLogger(__name__)
 
 _Item = StepOutput | Exception
+_SHUTTING_DOWN = "the server is shutting down"
 _STOPPED_EARLY = "the server stopped before the response was complete"
+_LAST_STEP_S = 5.0
+"""For the step that runs when the engine is stopped; one that hangs is left behind."""
+_in_dialogue: ContextVar[bool] = ContextVar("in_dialogue", default=False)
 
 
 class EngineLoop:
@@ -42,7 +47,9 @@ class EngineLoop:
         self._serial = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._num_dialogues = 0
         self._refusal: str | None = None
+        self._finishes_dialogues = False
         self._admission = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
         self._admitting = threading.Lock()  # holds up admission while a failed step is undone
         self._admitted: dict[str, int] = {}  # what the engine holds: the responses of each that have not ended
@@ -61,7 +68,7 @@ class EngineLoop:
             InvalidRequestError, IncompatibleError, CapacityError: the engine refuses the request.
             ServiceError: the server is draining or out of order.
         """
-        if self._refusal is not None:
+        if self._refusal is not None and not (self._finishes_dialogues and _in_dialogue.get()):
             raise ServiceError("UNAVAILABLE", self._refusal)
         if request.request_id in self._open_ids:
             raise InvalidRequestError("request_id", request.request_id, "an id that no request in flight has")
@@ -78,36 +85,61 @@ class EngineLoop:
         finally:
             del self._queues[engine_id]
             self._open_ids.remove(request.request_id)
-            if not self._queues:
-                self._idle.set()
+            self._note_idle()
             # Harmless after the last output, needed on every other way out.
             if is_admitted:
                 self._abort(engine_id)
             elif not self._stopping:
                 self._admission.submit(self._abort, engine_id)
 
+    @contextmanager
+    def dialogue(self) -> Iterator[None]:
+        """What the current task opens inside belongs together: a drain waits for all of it, and takes the rest of it.
+
+        Raises:
+            ServiceError: the server is draining or out of order.
+        """
+        if self._refusal is not None:
+            raise ServiceError("UNAVAILABLE", self._refusal)
+        self._num_dialogues += 1
+        self._idle.clear()
+        token = _in_dialogue.set(True)
+        try:
+            yield
+        finally:
+            _in_dialogue.reset(token)
+            self._num_dialogues -= 1
+            self._note_idle()
+
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests and give the open ones ``timeout_s`` to finish; the rest end with ServiceError."""
-        self._refusal = "the server is shutting down"
+        self._refusal, self._finishes_dialogues = _SHUTTING_DOWN, True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._idle.wait()
         except TimeoutError:
             self._fail(self._queues, ServiceError("UNAVAILABLE", _STOPPED_EARLY))
+        self._finishes_dialogues = False
 
     async def stop(self) -> None:
         """End both threads; requests still open end with ServiceError."""
-        self._refusal = "the server is shutting down"
+        self._refusal = _SHUTTING_DOWN
         self._fail(self._queues, ServiceError("UNAVAILABLE", _STOPPED_EARLY))
         self._stopping = True
         self._work.set()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, _LAST_STEP_S)
+        if self._thread.is_alive():
+            _log.critical("a step of the engine has run for %.0f s and is left behind", self.seconds_in_step())
         self._admission.shutdown(wait=False)
 
     def seconds_in_step(self) -> float:
         """How long the step that runs has been running; 0 between steps."""
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
+
+    def _note_idle(self) -> None:
+        if not self._queues and not self._num_dialogues:
+            self._idle.set()
 
     def _admit(self, request: GenerateRequest) -> None:
         with self._admitting:

@@ -100,6 +100,11 @@ def expect(valid: bool, field: str, value: object, expected: str) -> None:
         raise InvalidRequestError(field, value, expected)
 
 
+def refuse_no_tokens(max_tokens: int) -> None:
+    """Refuse to generate nothing: a text that is only to be read has a call of its own, and is admitted as such."""
+    expect(max_tokens != 0, "sampling.max_tokens", max_tokens, "an integer >= 1")
+
+
 def refuse_too_many(count: int, field: str, limit: int) -> None:
     """Conversion runs in the event loop: a message of a million small parts must not hold it up."""
     expect(count <= limit, field, f"{count} elements", f"at most {limit}")

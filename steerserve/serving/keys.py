@@ -28,7 +28,7 @@ def key_hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def caller_of(keys: Iterable[Key], authorization: str | None, common_names: Iterable[str], now: datetime) -> Caller:
+def caller_of(keys: Iterable[Key], authorization: str | None, certified: Iterable[str], now: datetime) -> Caller:
     """Who shows this ``Authorization`` header, or a certificate with one of these names.
 
     A header counts before a certificate. Every key is compared, in a time that does not depend on where they differ.
@@ -39,7 +39,7 @@ def caller_of(keys: Iterable[Key], authorization: str | None, common_names: Iter
     if authorization is not None:
         found = _by_header(keys, authorization)
     else:
-        names = set(common_names)
+        names = set(certified)
         found = next((key for key in keys if key.certificate is not None and key.certificate in names), None)
     if found is None:
         raise ServiceError("UNAUTHENTICATED", "expected 'authorization: Bearer KEY' with a key of this server")

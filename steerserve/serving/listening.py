@@ -1,11 +1,8 @@
-"""On which addresses a server listens, and under which credentials."""
+"""On which addresses a server listens."""
 
 from __future__ import annotations
 
 import ipaddress
-import ssl
-from pathlib import Path
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -27,22 +24,6 @@ def check_exposed(field: str, host: str, access: AccessConfig) -> None:
     raise InvalidRequestError(field, host, expected)
 
 
-def server_credentials(access: AccessConfig) -> grpc.ServerCredentials | None:
-    """What gRPC shows, and asks of clients; None without TLS.
-
-    Raises:
-        AssetError: a file cannot be read, or the key is not the certificate's.
-    """
-    if access.certificate is None or access.private_key is None:
-        return None
-    _check_pair(access.certificate, access.private_key)
-    return grpc.ssl_server_credentials(
-        [(_read(access.private_key), _read(access.certificate))],
-        root_certificates=None if access.client_ca is None else _read(access.client_ca),
-        require_client_auth=access.client_ca is not None,
-    )
-
-
 def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> str:
     """Bind a port; ``host:port`` as bound.
 
@@ -60,11 +41,6 @@ def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.Server
     return f"{shown}:{bound}"
 
 
-def common_names(context: Any) -> list[str]:
-    """Of the client certificate that a call came with."""
-    return [name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", ())]
-
-
 def is_loopback(host: str) -> bool:
     """No other machine can be at this address."""
     if host == "localhost":
@@ -73,18 +49,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _check_pair(certificate: str, private_key: str) -> None:
-    """gRPC itself would only fail every handshake."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, private_key)
-    except (OSError, ssl.SSLError) as error:
-        raise AssetError(f"{certificate} and {private_key}: not a certificate and its key: {error}") from error
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise AssetError(f"{path}: {error.strerror}") from error

@@ -57,7 +57,8 @@ def log_access(passage: Passage, error: BaseException | None) -> None:
         "interface": str(exchange.interface),
         "tenant": exchange.caller.tenant,
         "key_id": exchange.caller.key_id,
-        "policies": list(exchange.request.policies),
+        # Of a refused request they are whatever its caller wrote.
+        "policies": list(exchange.request.policies) if passage.is_admitted else [],
         "code": code_of(error),
         "duration_s": round(passage.seconds, 4),
         "first_token_s": None if passage.first_token_s is None else round(passage.first_token_s, 4),

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from steerserve.errors import InvalidRequestError, PolicyError
+from steerserve.serving.dialling import DEFAULT_TARGET
 from steerserve.steering.catalog import ASSETS
 from steerserve.steering.packs import ConceptPack
 from steerserve.steering.policies import Policy, policy_of
-from steerserve.steering.policy_set import BUILT_IN, PolicySet, policy_files
+from steerserve.steering.policy_set import BUILT_IN, PolicyChanges, PolicySet, policy_files
 from steerserve.steering.policy_words import explain
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ def try_command(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print every text's reading and the table as JSON.")] = False,
 ) -> None:
-    """Read texts as the server would, and show where the policy acts: a confusion table for each of its rules."""
+    """Read texts as the server would, and show where the policy acts: a confusion table of its rules.
+
+    Below it, for each rule that reads: what other thresholds would do, the smallest that let it act on no more than 0,
+    0.5, 1, 2, 5 and 10 % of the texts on which it is not to act.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from steerserve.config import EngineConfig, ServerConfig
@@ -77,23 +82,55 @@ def try_command(
     engine = load_engine(config, EngineConfig.model_validate({"dtype": dtype}))
     readings = list(policy_trial.try_policy(engine, found, labelled))
     lines = policy_trial.confusions(found, readings)
+    in_force = policy_trial.rule_thresholds(found, engine.catalog.packs)
+    thresholds = {label: policy_trial.choices(label, value, readings) for label, value in in_force.items()}
     if as_json:
-        typer.echo(json.dumps(policy_trial.as_json(found, lines, readings), indent=1))
+        typer.echo(json.dumps(policy_trial.as_json(found, lines, thresholds, readings), indent=1))
         return
-    _show(found, lines, [reading.error for reading in readings if reading.error])
-
-
-def _show(policy: Policy, lines: Sequence[Confusion], errors: Sequence[str]) -> None:
-    table = Table("rule", title=f"{policy.tag}", title_justify="left")
-    for heading in ("TP", "FP", "FN", "TN", "precision", "recall", "FPR"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for line in lines:
-        counts = (line.true_positives, line.false_positives, line.false_negatives, line.true_negatives)
-        rates = (line.precision, line.recall, line.false_positive_rate)
-        table.add_row(line.rule, *map(str, counts), *("–" if rate is None else f"{rate:.1%}" for rate in rates))
-    Console().print(table)
+    _show_counts(found.tag, [(line.rule, line) for line in lines], "rule")
+    for label, choices in thresholds.items():
+        named = [(f"{choice.value:g}{' (now)' if choice.is_in_force else ''}", choice.confusion) for choice in choices]
+        _show_counts(f"{label}, with other thresholds", named, "above")
+    errors = [reading.error for reading in readings if reading.error]
     if errors:
         typer.echo(f"{len(errors)} texts could not be read, the first: {errors[0]}", err=True)
+
+
+@app.command()
+def reload(
+    target: Annotated[
+        str, typer.Option(envvar="STEERSERVE_TARGET", help="Server address, host:port: that of --admin-port, if set.")
+    ] = DEFAULT_TARGET,
+    api_key_file: Annotated[
+        str | None, typer.Option(help="File that holds a key with the role 'admin'. [$STEERSERVE_API_KEY_FILE]")
+    ] = None,
+) -> None:
+    """Have a running server read its policy and access files again; exit code 1 if something is wrong with them.
+
+    Says what changed, or why nothing did.
+    """
+    from steerserve.client import SteerserveClient
+
+    try:
+        with SteerserveClient(target, api_key_file=api_key_file) as client:
+            answer = client.reload_policies()
+    except PolicyError as error:
+        typer.echo("nothing has changed:", err=True)
+        for problem in error.problems:
+            typer.echo(problem, err=True)
+        raise typer.Exit(1) from None
+    typer.echo(PolicyChanges(tuple(answer.added), tuple(answer.changed), tuple(answer.removed)))
+
+
+def _show_counts(title: str, lines: Sequence[tuple[str, Confusion]], heading: str) -> None:
+    table = Table(heading, title=title, title_justify="left")
+    for column in ("TP", "FP", "FN", "TN", "precision", "recall", "FPR"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, line in lines:
+        counts = (line.true_positives, line.false_positives, line.false_negatives, line.true_negatives)
+        rates = (line.precision, line.recall, line.false_positive_rate)
+        table.add_row(name, *map(str, counts), *("–" if rate is None else f"{rate:.1%}" for rate in rates))
+    Console().print(table)
 
 
 def _packs(names: Sequence[str] | None) -> dict[str, ConceptPack]:

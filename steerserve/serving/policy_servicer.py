@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from grpc.aio import ServicerContext
 
 from steerserve.engine.engine import Engine
-from steerserve.errors import SteerserveError
+from steerserve.errors import PolicyError, SteerserveError
 from steerserve.serving.access import AccessFile, Role
 from steerserve.serving.admission import Access
 from steerserve.serving.policy_files import PolicyFiles
@@ -18,6 +19,8 @@ from steerserve.serving.status import end_call, status_of
 from steerserve.steering.policy_set import PolicyChanges
 from steerserve.v1 import policy_pb2 as pb
 from steerserve.v1 import policy_pb2_grpc
+
+_log = logging.getLogger(__name__)
 
 Context = ServicerContext[Any, Any]
 
@@ -52,9 +55,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self, request: pb.ReloadPoliciesRequest, context: Context
     ) -> pb.ReloadPoliciesResponse:
         try:
-            self._require_admin(context)
+            caller = self._require_admin(context)
             changes, access = await asyncio.to_thread(self._reload)
             self._access.put_in_force(access)
+            _log.info("policies reloaded for key %s: %s", caller.key_id or "(none)", changes)
+        except PolicyError as error:
+            # All of it: a status has room for some.
+            _log.error("policies are not reloaded, those in force stay: %s", error)
+            await end_call(context, status_of(error, str))
         except SteerserveError as error:
             await end_call(context, status_of(error, str))
         return pb.ReloadPoliciesResponse(added=changes.added, changed=changes.changed, removed=changes.removed)
@@ -65,5 +73,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         changes = self._files.reload(lambda names: read.append(self._access.read(names)))
         return changes, read[0]
 
-    def _require_admin(self, context: Context) -> None:
-        self._access.require(self._authenticate(context), Role.ADMIN)
+    def _require_admin(self, context: Context) -> Caller:
+        caller = self._authenticate(context)
+        self._access.require(caller, Role.ADMIN)
+        return caller

@@ -1,8 +1,8 @@
-"""Token buckets: how much a tenant may still ask for."""
+"""Token buckets: how much a tenant, or one key of it, may still ask for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from steerserve.errors import CapacityError, InvalidRequestError
@@ -45,15 +45,17 @@ class Bucket:
 
 @dataclass
 class Reservation:
-    """What one request holds of its tenant's quotas.
+    """What one request holds of the quotas of its tenant and its key.
 
     Attributes:
+        usages: whose quotas these are.
         prompt: tokens that the prompt is taken to have, until they are counted.
         responses: the most its responses can have.
         generated: tokens of responses so far.
         is_admitted: the engine took it; otherwise it costs nothing but its place among the requests.
     """
 
+    usages: tuple[Usage, ...]
     prompt: int
     responses: int
     generated: int = 0
@@ -69,16 +71,29 @@ class Reservation:
         """What it is charged."""
         return self.prompt + self.generated if self.is_admitted else 0
 
+    def count_prompt(self, num_tokens: int) -> None:
+        """The prompt's tokens are known now."""
+        for usage in self.usages:
+            usage.take(num_tokens - self.prompt)
+        self.prompt = num_tokens
 
-class TenantUsage:
-    """One tenant's buckets and requests in flight."""
+    def settle(self) -> None:
+        """The request has ended: give back what it reserved and did not use."""
+        for usage in self.usages:
+            usage.take(self.used - self.tokens)
+            usage.end()
 
-    def __init__(self, quotas: Quotas, clock: Callable[[], float]) -> None:
+
+class Usage:
+    """The buckets and the requests in flight of one owner, a tenant or a key, as errors call it."""
+
+    def __init__(self, owner: str, quotas: Quotas, clock: Callable[[], float]) -> None:
+        self._owner = owner
         self._clock = clock
         self._quotas = Quotas()
         self._requests: Bucket | None = None
         self._tokens: Bucket | None = None
-        self.num_in_flight = 0
+        self._num_in_flight = 0
         self.change(quotas)
 
     def change(self, quotas: Quotas) -> None:
@@ -88,46 +103,59 @@ class TenantUsage:
         self._tokens = _changed(self._tokens, quotas.tokens_per_minute, now)
         self._quotas = quotas
 
-    def reserve(self, tenant: str, request: GenerateRequest) -> Reservation:
-        """Take a request, its prompt and the most tokens its responses can have out of the quotas.
+    def refusal(self, num_tokens: int) -> CapacityError | None:
+        """Why a request of so many tokens must wait, and for how long.
 
         Raises:
-            CapacityError: not now; says when.
-            InvalidRequestError: never: more tokens than a minute has.
+            InvalidRequestError: it would wait forever: more tokens than a minute has.
         """
-        reservation = Reservation(_prompt_tokens(request), request.sampling.max_tokens * request.sampling.n)
-        now, tokens = self._clock(), reservation.tokens
-        most = self._quotas.concurrent
-        if most is not None and self.num_in_flight >= most:
-            raise CapacityError(f"tenant {tenant} has {self.num_in_flight} requests in flight, expected at most {most}")
-        if self._tokens is not None and tokens > self._tokens.per_minute:
-            expected = f"at most {self._tokens.per_minute} tokens, those tenant {tenant} has in a minute"
-            raise InvalidRequestError("sampling.max_tokens", f"{tokens} tokens with the prompt", expected)
+        now, most = self._clock(), self._quotas.concurrent
+        if self._tokens is not None and num_tokens > self._tokens.per_minute:
+            expected = f"at most {self._tokens.per_minute} tokens, those {self._owner} has in a minute"
+            raise InvalidRequestError("sampling.max_tokens", f"{num_tokens} tokens with the prompt", expected)
         waits = {
             "requests": self._requests.wait_s(1, now) if self._requests else 0.0,
-            "tokens": self._tokens.wait_s(tokens, now) if self._tokens else 0.0,
+            "tokens": self._tokens.wait_s(num_tokens, now) if self._tokens else 0.0,
         }
         kind = max(waits, key=lambda name: waits[name])
         if waits[kind] > 0:
-            raise CapacityError(f"tenant {tenant} is out of {kind} for now", retry_after_s=waits[kind])
+            return CapacityError(f"{self._owner} is out of {kind} for now", retry_after_s=waits[kind])
+        if most is not None and self._num_in_flight >= most:
+            return CapacityError(f"{self._owner} has {self._num_in_flight} requests in flight, expected at most {most}")
+        return None
+
+    def begin(self, num_tokens: int) -> None:
+        """Take a request with so many tokens."""
         if self._requests is not None:
-            self._requests.take(1, now)
-        if self._tokens is not None:
-            self._tokens.take(tokens, now)
-        self.num_in_flight += 1
-        return reservation
+            self._requests.take(1, self._clock())
+        self.take(num_tokens)
+        self._num_in_flight += 1
 
-    def settle(self, reservation: Reservation) -> None:
-        """The request has ended: give back what it reserved and did not use."""
-        self.num_in_flight -= 1
+    def take(self, num_tokens: int) -> None:
+        """Take tokens, or with a negative number give them back."""
         if self._tokens is not None:
-            self._tokens.take(reservation.used - reservation.tokens, self._clock())
+            self._tokens.take(num_tokens, self._clock())
 
-    def count_prompt(self, reservation: Reservation, num_tokens: int) -> None:
-        """The prompt's tokens are known now."""
-        if self._tokens is not None:
-            self._tokens.take(num_tokens - reservation.prompt, self._clock())
-        reservation.prompt = num_tokens
+    def end(self) -> None:
+        """A request is over."""
+        self._num_in_flight -= 1
+
+
+def reserve(usages: Sequence[Usage], request: GenerateRequest) -> Reservation:
+    """Take a request, its prompt and the most tokens its responses can have out of all the quotas, or out of none.
+
+    Raises:
+        CapacityError: not now; says when all of them have room.
+        InvalidRequestError: never.
+    """
+    num_responses = request.sampling.max_tokens * request.sampling.n
+    reservation = Reservation(tuple(usages), _prompt_tokens(request), num_responses)
+    refusals = [refusal for usage in usages if (refusal := usage.refusal(reservation.tokens)) is not None]
+    if refusals:
+        raise max(refusals, key=lambda refusal: refusal.retry_after_s)
+    for usage in usages:
+        usage.begin(reservation.tokens)
+    return reservation
 
 
 def _prompt_tokens(request: GenerateRequest) -> int:

@@ -1,14 +1,15 @@
 """Where texts that the server did not write show a concept: for moderation, and for another model's traffic.
 
-A text is a prompt whose positions guards read; the one token that must be generated is thrown away. It passes
-through ``Service`` like every request, and what was read before is in the prefix cache: a text that grows costs
-what it grew by.
+A text is a prompt whose positions guards read, and behind which nothing is generated: the model runs up to the last
+layer that they read. It passes through ``Service`` like every request, and what was read before is in the prefix cache:
+a text that grows costs what it grew by.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from steerserve.types import (
     GenerateRequest,
     Guard,
     GuardAction,
-    GuardEvent,
     Phase,
+    Receipt,
     SamplingParams,
     SteeringSpec,
 )
@@ -61,6 +62,18 @@ class Sighting:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What was seen in a text.
+
+    Attributes:
+        receipts: proof that the kernel read every token, of each part that was read by itself.
+    """
+
+    sightings: tuple[Sighting, ...]
+    receipts: tuple[Receipt, ...]
+
+
+@dataclass(frozen=True)
 class _Window:
     """Tokens of a text, as many as fit into one request.
 
@@ -79,41 +92,50 @@ class TextReader:
         self._service = service
         engine = service.engine_loop.engine
         self._tokenizer = engine.model.tokenizer
-        self._max_tokens = engine.config.max_model_len - 1  # one is generated
+        self._max_tokens = engine.config.max_model_len
 
-    async def read(self, text: str, watched: Sequence[Watched], caller: Caller, interface: Interface) -> list[Sighting]:
+    async def read(
+        self,
+        text: str,
+        watched: Sequence[Watched],
+        caller: Caller,
+        interface: Interface,
+        timeout_s: float | None = None,
+    ) -> Reading:
         """Every token of ``text`` at which one of ``watched`` is seen, in windows that overlap if it is long.
 
         Raises:
             SteerserveError: as ``Service.generate``; also a score that is not finite.
         """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         windows = await asyncio.to_thread(lambda: list(_windows(self._tokenizer, text, self._max_tokens)))
-        sightings = []
+        sightings, receipts = [], []
         for window in windows:
             for first in range(0, len(watched), MAX_DETECTORS):
-                events = await self._events(window, watched[first : first + MAX_DETECTORS], caller, interface)
-                for event in events:
+                asked = _request(window, watched[first : first + MAX_DETECTORS], deadline)
+                async with self._service.generate(asked, caller, interface) as outputs:
+                    *_, last = [output async for output in outputs]
+                assert last.receipt is not None, "a last output has a receipt"
+                receipts.append(last.receipt)
+                for event in last.guard_events:
                     start, end = window.spans[event.position]
-                    if start < end and math.isfinite(event.score):
+                    if event.source == "request" and start < end and math.isfinite(event.score):
                         sightings.append(Sighting(first + event.guard, event.score, start, end))
-        return sightings
+        return Reading(tuple(sightings), tuple(receipts))
 
-    async def _events(
-        self, window: _Window, watched: Sequence[Watched], caller: Caller, interface: Interface
-    ) -> list[GuardEvent]:
-        guards = tuple(
-            Guard(ConceptTarget(each.concept), each.threshold, GuardAction.FLAG, None, Phase.PROMPT, each.fail_open)
-            for each in watched
-        )
-        request = GenerateRequest(
-            request_id=f"read-{uuid.uuid4().hex}",
-            prompt=window.token_ids,
-            sampling=SamplingParams(max_tokens=1, temperature=0.0),
-            steering=SteeringSpec(guards=guards),
-        )
-        async with self._service.generate(request, caller, interface, is_reading=True) as outputs:
-            events = [event for output in [output async for output in outputs] for event in output.guard_events]
-        return [event for event in events if event.position < len(window.token_ids) and event.source == "request"]
+
+def _request(window: _Window, watched: Sequence[Watched], deadline: float | None) -> GenerateRequest:
+    guards = tuple(
+        Guard(ConceptTarget(each.concept), each.threshold, GuardAction.FLAG, None, Phase.PROMPT, each.fail_open)
+        for each in watched
+    )
+    return GenerateRequest(
+        request_id=f"read-{uuid.uuid4().hex}",
+        prompt=window.token_ids,
+        sampling=SamplingParams(max_tokens=0),
+        steering=SteeringSpec(guards=guards),
+        timeout_s=None if deadline is None else max(deadline - time.monotonic(), 0.0),
+    )
 
 
 def _windows(tokenizer: PreTrainedTokenizerBase, text: str, size: int) -> Iterator[_Window]:

@@ -49,7 +49,6 @@ class Exchange:
 
     Attributes:
         request: as admitted: with the policies that the caller must have; as asked if it was refused.
-        is_reading: the text of the prompt is to be read, the one token behind it is nobody's: no policy edits it.
         number: counted from 1 since the process began.
         started_ns: UNIX time.
     """
@@ -57,10 +56,14 @@ class Exchange:
     request: GenerateRequest
     caller: Caller
     interface: Interface
-    is_reading: bool = False
     number: int = field(default_factory=itertools.count(1).__next__)
     started_ns: int = field(default_factory=time.time_ns)
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_reading(self) -> bool:
+        """The text of the prompt is to be read, and nothing generated: no policy has anything to edit."""
+        return self.request.is_reading
 
 
 class Observer(Protocol):
@@ -97,7 +100,7 @@ class Service:
 
     @asynccontextmanager
     async def generate(
-        self, request: GenerateRequest, caller: Caller, interface: Interface, is_reading: bool = False
+        self, request: GenerateRequest, caller: Caller, interface: Interface
     ) -> AsyncIterator[AsyncIterator[StepOutput]]:
         """Admit ``request`` and yield its outputs; leaving the context early aborts it and frees its slot.
 
@@ -105,7 +108,7 @@ class Service:
             InvalidRequestError, IncompatibleError, CapacityError: the request is refused.
             ServiceError: the caller may not ask this, or the server is draining or out of order.
         """
-        exchange = Exchange(request, caller, interface, is_reading)
+        exchange = Exchange(request, caller, interface)
         error: BaseException | None = None
         try:
             exchange = replace(exchange, request=self._admission(exchange))

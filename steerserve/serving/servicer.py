@@ -65,7 +65,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         try:
             caller = self._authenticate(context)
             check_score_request(request)
-            scores = await self._scorer.score(request.text, request.concepts, caller, Interface.GRPC)
+            scores = await self._scorer.score(
+                request.text,
+                request.concepts,
+                caller,
+                Interface.GRPC,
+                policies=request.policies,
+                timeout_s=context.time_remaining(),
+            )
             return scores_to_proto(scores, request.return_tokens)
         except Exception as error:
             await end_call(context, status_of(error, str))

@@ -89,6 +89,8 @@ def error_of(call: grpc.Call) -> SteerserveError:
             return error_type(info.metadata["field"], AsShown(info.metadata["value"]), info.metadata["expected"])
     if info.reason == "CAPACITY":
         return CapacityError(status.message, retry.retry_delay.ToNanoseconds() / 1e9)
+    if info.reason == "POLICY":
+        return PolicyError(status.message.splitlines())
     return ServiceError(code_pb2.Code.Name(status.code), status.message)
 
 

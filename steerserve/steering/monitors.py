@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from steerserve.errors import IncompatibleError
-from steerserve.steering.catalog import Catalog
+from steerserve.errors import AssetError, IncompatibleError
+from steerserve.steering.catalog import ASSETS, Catalog
 from steerserve.steering.edits import Edit
 from steerserve.steering.monitor_plan import (
     ConceptReading,
@@ -37,6 +37,8 @@ from steerserve.types import (
     Phase,
     Site,
 )
+
+BUILT_IN_PLANS = ASSETS / "monitor_plans"
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +65,25 @@ NO_MONITORS = Monitors()
 def read_monitors(path: Path, catalog: Catalog) -> Monitors:
     """Read a plan for what is loaded.
 
+    Args:
+        path: the file, or the name of a built-in plan.
+
     Raises:
-        AssetError: the file, or that of its vectors, is missing or damaged.
+        AssetError: there is neither, or the file, or that of its vectors, is missing or damaged.
         IncompatibleError: it was made for other weights, another SAE or another shape of the model.
         InvalidRequestError: it names what is not loaded.
     """
-    return bind_monitors(load_monitor_plan(path), catalog)
+    return bind_monitors(load_monitor_plan(_plan_file(path)), catalog)
+
+
+def _plan_file(path: Path) -> Path:
+    built_in = {each.stem: each for each in sorted(BUILT_IN_PLANS.glob("*.json"))}
+    if path.exists() or path.suffix:
+        return path
+    if str(path) in built_in:
+        return built_in[str(path)]
+    known = ", ".join(built_in) or "none"
+    raise AssetError(f"monitor plan {str(path)!r} is neither a file nor a built-in one: {known}")
 
 
 def bind_monitors(file: MonitorPlanFile, catalog: Catalog) -> Monitors:

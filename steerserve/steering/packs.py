@@ -35,7 +35,7 @@ def _canonical_head(name: str) -> str:
     try:
         return str(HeadTarget.parse(name))
     except InvalidRequestError as error:
-        raise ValueError(f"expected {error.expected}") from error
+        raise ValueError(f"got {error.value}, expected {error.expected}") from error
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

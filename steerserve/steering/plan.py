@@ -193,6 +193,11 @@ class Plan:
         return self.levels[0]
 
     @property
+    def num_layers(self) -> int:
+        """How many of the model's layers must run for all of it to happen."""
+        return max((part.site.layer + 1 for level in self.levels for part in level), default=0)
+
+    @property
     def thresholds(self) -> dict[tuple[str, int], float]:
         """Of each guard, by ``GuardEvent.source`` and ``GuardEvent.guard``."""
         return {(guard.source, guard.place): self.scores[guard.score].threshold for guard in self.guards}

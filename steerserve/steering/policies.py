@@ -206,11 +206,11 @@ class Policy(_Strict):
         labels = [rule.label for rule in self.rules]
         for index, label in enumerate(labels):
             if label in labels[:index]:
-                raise ValueError(f"rules.{index}.name: expected a name that no other rule has, got {label!r}")
+                raise ValueError(f"rules[{index}].name: expected a name that no other rule has, got {label!r}")
         rewinding = [index for index, rule in enumerate(self.rules) if rule.action is Action.REWIND]
         if len(rewinding) > 1:
             raise ValueError(
-                f"rules.{rewinding[1]}.action: expected one rule that rewinds, and rules.{rewinding[0]} does already"
+                f"rules[{rewinding[1]}].action: expected one rule that rewinds, and rules[{rewinding[0]}] does already"
             )
         return self
 

@@ -12,6 +12,7 @@ from steerserve.steering.catalog import ASSETS
 from steerserve.steering.packs import ConceptPack, ModelFacts
 from steerserve.steering.policies import Policy, Rule, read_policy
 from steerserve.steering.refusals import refuse_double_edits
+from steerserve.strict_yaml import located
 from steerserve.types import Op
 
 BUILT_IN = ASSETS / "policies"
@@ -71,8 +72,8 @@ class PolicySet:
         for path, policy in read:
             first = files.setdefault(policy.name, path)
             if first is not path:
-                problems.append(f"{path}: name: got {policy.name!r}, expected another: {first} has it")
-            problems += [f"{path}: {problem}" for problem in problems_of(policy, packs, model)]
+                problems.append(located(path, f"name: got {policy.name!r}, expected another: {first} has it"))
+            problems += [located(path, problem) for problem in problems_of(policy, packs, model)]
         if problems:
             raise PolicyError(problems)
         return cls({policy.name: policy for _, policy in read})

@@ -61,8 +61,20 @@ def _reading_lines(rule: Rule, pack: ConceptPack | None) -> Iterator[str]:
         terms = rule.rewind_terms
         follows = FOLLOWS[rule.guard_action] if terms is None else _rewind_words(terms)
         yield f"above {threshold:g} ({source} threshold): {follows}"
+        yield from _detection_lines(pack)
         if rule.guard_action is GuardAction.REDACT and rule.phase is not Phase.GENERATED:
             yield "in the prompt, where there is nothing to hide: the response says so"
+
+
+def _detection_lines(pack: ConceptPack) -> Iterator[str]:
+    """What is known of the card's threshold; evaluations are free-form."""
+    told = pack.card.evaluation.get("detection")
+    names = ("positive_texts", "negative_texts", "true_positive_rate", "false_positive_rate")
+    if isinstance(told, dict) and all(isinstance(told.get(name), int | float) for name in names):
+        positive, negative, found, wrong = (told[name] for name in names)
+        texts = f"of {positive} held-out texts that show it {found:.1%} exceed"
+        yield f"{texts} the card's {pack.card.detector.threshold:g}, of {negative} others {wrong:.1%}"
+    yield "`steerserve policy test` shows what other thresholds would find in your texts"
 
 
 def _edit_words(edit: RuleEdit | str, pack: ConceptPack) -> str:

@@ -235,9 +235,9 @@ def watch(engine: Engine, request: GenerateRequest) -> Watched:
     outputs: list[StepOutput] = []
     num_released, num_computed, forward = [], [0], engine._runner.forward
 
-    def noted(token_ids, positions, rows, logits_at):
+    def noted(token_ids, positions, rows, logits_at, num_layers):
         num_computed[-1] = max(positions) + 1
-        return forward(token_ids, positions, rows, logits_at)
+        return forward(token_ids, positions, rows, logits_at, num_layers)
 
     engine._runner.forward = noted
     engine.add_request(request)

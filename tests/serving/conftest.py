@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,8 +151,13 @@ class RunningServer:
         if self._failure is not None:
             raise self._failure
 
+    def begin_stop(self) -> None:
+        """As SIGTERM does."""
+        with suppress(RuntimeError):  # it has stopped
+            self._stop()
+
     def stop(self) -> None:
-        self._stop()
+        self.begin_stop()
         self._thread.join(60)
         assert not self._thread.is_alive()
 
@@ -171,6 +176,7 @@ class RunningServer:
         self.address = server.address
         self.http_address = server.http_address
         self.metrics_address = server.metrics_address
+        self.admin_address = server.admin_address
         self._ready.set()
         await stop.wait()
         await server.stop()

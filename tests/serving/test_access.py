@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerserve.errors import CapacityError, InvalidRequestError, PolicyError, ServiceError
@@ -84,10 +84,11 @@ def make(file: Path, clock: Clock) -> Access:
     return Access(file, lambda: LOADED, clock, lambda: datetime(2026, 6, 1, tzinfo=UTC))
 
 
-def exchange(tenant: str = "chat", is_reading: bool = False, **request: object) -> Exchange:
+def exchange(tenant: str = "chat", key: str = "", **request: object) -> Exchange:
     values = {"request_id": "a", "prompt": "x", "priority": 5, "sampling": SamplingParams(max_tokens=10)}
     asked = GenerateRequest(**{**values, **request})
-    return Exchange(asked, Caller(tenant, "chat-1", frozenset({"user"})), Interface.GRPC, is_reading)
+    key_id = key or {"chat": "chat-1", "lab": "root"}[tenant]
+    return Exchange(asked, Caller(tenant, key_id, frozenset({"user"})), Interface.GRPC)
 
 
 def test_a_key_tells_its_tenant_and_roles(access: Access) -> None:
@@ -142,6 +143,7 @@ def test_policies_of_a_tenant(access: Access, asked: tuple[str, ...], admitted: 
     assert access.admit(exchange(policies=asked)).policies == admitted
 
 
+@settings(deadline=None)
 @given(asked=st.lists(st.sampled_from([*sorted(LOADED), "family@1"]), max_size=4))
 def test_no_request_gets_rid_of_a_required_policy(shared_file: Path, asked: list[str]) -> None:
     assert "family" in make(shared_file, Clock()).admit(exchange(policies=tuple(asked))).policies
@@ -185,7 +187,7 @@ def test_tenants_share_no_cached_prefixes(access: Access) -> None:
 
 
 def test_reading_a_text_is_not_edited(access: Access) -> None:
-    assert access.admit(exchange(is_reading=True)).policies == ()
+    assert access.admit(exchange(sampling=SamplingParams(max_tokens=0))).policies == ()
 
 
 def test_a_key_without_the_role_of_users_does_not_generate(access: Access) -> None:
@@ -223,6 +225,45 @@ def test_tokens_are_reserved_and_settled(access: Access, clock: Clock) -> None:
     access.admit(exchange(prompt=(1,), sampling=SamplingParams(max_tokens=80)))
     with pytest.raises(InvalidRequestError, match="at most 100 tokens, those tenant chat has in a minute"):
         access.admit(exchange(prompt=(1,), sampling=SamplingParams(max_tokens=100)))
+
+
+def with_quotas_of_the_key(file: Path, quotas: str) -> None:
+    own = f"sha256: {key_hash(KEY)}, quotas: {quotas}}}"
+    second = f"  - {{id: chat-2, tenant: chat, sha256: {'a' * 64}}}"
+    file.write_text(FILE.replace(f"sha256: {key_hash(KEY)}}}", own) + second)
+
+
+def test_a_key_has_quotas_of_its_own_within_its_tenants(access: Access, file: Path, clock: Clock) -> None:
+    with_quotas_of_the_key(file, "{requests_per_minute: 1}")
+    access.reload()
+    access.admit(exchange())
+    with pytest.raises(CapacityError, match="key chat-1 is out of requests") as raised:
+        access.admit(exchange())
+    assert raised.value.retry_after_s == pytest.approx(60)
+    access.admit(exchange(key="chat-2"))  # what was refused has cost the tenant nothing
+    with pytest.raises(CapacityError, match="tenant chat has 2 requests in flight"):
+        access.admit(exchange(key="chat-2"))
+
+
+def test_the_time_to_wait_is_that_of_the_last_quota_with_room(access: Access, file: Path, clock: Clock) -> None:
+    with_quotas_of_the_key(file, "{tokens_per_minute: 60}")
+    access.reload()
+    asked = exchange(prompt=(1,) * 20, sampling=SamplingParams(max_tokens=30))
+    access.admit(asked)
+    with pytest.raises(CapacityError, match="key chat-1 is out of tokens") as raised:
+        access.admit(exchange(prompt=(1,) * 20, sampling=SamplingParams(max_tokens=40)))  # of the tenant's, 6 s
+    assert raised.value.retry_after_s == pytest.approx(50)
+    finish(access, asked, 0, 20)
+    access.admit(exchange(prompt=(1,) * 20, sampling=SamplingParams(max_tokens=20)))
+    with pytest.raises(InvalidRequestError, match="at most 60 tokens, those key chat-1 has in a minute"):
+        access.admit(exchange(prompt=(1,) * 20, sampling=SamplingParams(max_tokens=41)))
+
+
+def test_a_key_in_the_place_of_its_hash_is_not_repeated(access: Access, file: Path) -> None:
+    file.write_text(FILE.replace(key_hash(KEY), KEY))
+    with pytest.raises(PolicyError, match=r"access\.yaml:11: keys\[0\]\.sha256: expected 64 hexadecimal") as raised:
+        access.reload()
+    assert KEY[12:] not in str(raised.value)
 
 
 @pytest.mark.parametrize("prompt", ["x" * 200, (1,) * 50, (Message("user", "x" * 200),)])

@@ -1,10 +1,14 @@
-"""The files of ``deploy`` speak of options, policies and metrics that there are."""
+"""The files of ``deploy`` speak of options, policies and metrics that there are, and docs/deploy.md can be followed."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,9 @@ from steerserve.serving.health import LIVENESS, READINESS
 from steerserve.serving.metrics import Metrics
 from steerserve.steering.policies import parse_policy
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+TO_RUN = ("Policies", "Start", "Change a policy", "Stop and upgrade")
 MANIFESTS = list(yaml.safe_load_all((DEPLOY / "kubernetes/sidecar.yaml").read_text()))
 
 
@@ -40,8 +46,21 @@ def commands_of_unit() -> list[list[str]]:
 
 
 def command_of_image() -> list[str]:
-    lines = (DEPLOY / "Dockerfile").read_text().splitlines()
-    return ["serve", *json.loads(next(line for line in lines if line.startswith("CMD ")).removeprefix("CMD "))]
+    (arguments,) = instructions("CMD")
+    return ["serve", *json.loads(arguments)]
+
+
+def instructions(name: str) -> list[str]:
+    """What the Dockerfile says behind each instruction of a name."""
+    lines = (DEPLOY / "Dockerfile").read_text().replace("\\\n", "").splitlines()
+    return [line.partition(" ")[2] for line in lines if line.startswith(f"{name} ")]
+
+
+def blocks(*sections: str) -> str:
+    """The commands of some sections of docs/deploy.md, as one script."""
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    texts = [re.search(rf"^## {section}\n(.*?)(?=^## )", page, re.M | re.S)[1] for section in sections]
+    return "\n".join(block for text in texts for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
 
 
 @pytest.mark.parametrize(
@@ -55,6 +74,47 @@ def test_every_command_line_is_one_that_the_cli_takes(arguments) -> None:
 def test_the_policies_of_the_config_map_are_policies() -> None:
     for name, text in manifest("ConfigMap")["data"].items():
         assert parse_policy(text.encode(), name).name == name.removesuffix(".yaml")
+
+
+def test_what_the_image_is_built_from_is_there_and_let_through() -> None:
+    copied = {source for line in instructions("COPY") if "--from" not in line for source in line.split()[:-1]}
+    assert {"setup.py", "csrc", "protos", "steerserve", "constraints.txt"} <= copied
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+    ignore = (DEPLOY / "Dockerfile.dockerignore").read_text().splitlines()
+    assert ignore[0] == "*"
+    assert {line[1:] for line in ignore if line.startswith("!")} == copied
+
+
+def test_the_page_and_the_manifest_show_the_same_policy() -> None:
+    written = re.search(r"cat > policies/clean-language.yaml <<'END'\n(.*?)END\n", blocks("Policies"), re.S)[1]
+    assert written == manifest("ConfigMap")["data"]["clean-language.yaml"]
+
+
+def test_operators_of_image_and_pod_are_on_loopback() -> None:
+    for arguments in (command_of_image(), sidecar()["args"]):
+        assert any("--admin-port" in word for word in arguments)
+        assert not any("--admin-host" in word for word in arguments)
+
+
+@pytest.mark.slow
+def test_the_page_followed_word_for_word(smollm2_dir: Path, tmp_path: Path) -> None:
+    """But for the ports, of which there may be others' on this machine, and for the installation: it is this one."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        port, metrics_port = one.getsockname()[1], other.getsockname()[1]
+    (tmp_path / "venv").symlink_to(sys.prefix)
+    script = "set -me\n" + blocks(*TO_RUN).replace("9464", str(metrics_port))
+    here = {"STEERSERVE_SERVER__PORT": str(port), "STEERSERVE_TARGET": f"127.0.0.1:{port}"}
+    told = subprocess.run(["bash"], input=script, capture_output=True, text=True, cwd=tmp_path, env=os.environ | here)
+    assert told.returncode == 0, told.stderr
+    for expected in (
+        "clean-language@1: 2 rules, good\n",
+        f"serving smollm2-135m-instruct on 127.0.0.1:{port}\n",
+        '\nsteerserve_verdicts_total{policy="clean-language"',
+        '"event": "request"',
+        "profanity@1, clean-language@2",
+    ):
+        assert expected in told.stdout
+    assert '"event": "draining"' in (tmp_path / "steerserve.log").read_text()
 
 
 def test_probes_ask_for_services_that_health_has() -> None:

@@ -6,6 +6,8 @@ import asyncio
 import signal
 import subprocess
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -14,8 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steerserve import SteerserveClient
 from steerserve.errors import AssetError, ServiceError
+from steerserve.serving import engine_loop
 from steerserve.serving.app import Server
-from steerserve.types import FinishReason
+from steerserve.types import FinishReason, StepOutput
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 LONG = {"max_tokens": 30_000, "ignore_eos": True}
@@ -127,6 +130,29 @@ def test_an_engine_that_keeps_failing_is_reported_and_answers_with_a_status(
         with pytest.raises(ServiceError) as raised:
             client.generate("Hello", max_tokens=2)
         assert raised.value.code == "UNAVAILABLE"
+
+
+def test_a_step_that_hangs_does_not_hold_up_the_end(tiny, start_server, monkeypatch, caplog) -> None:
+    hangs, let_go = threading.Event(), threading.Event()
+
+    def hang() -> list[StepOutput]:
+        hangs.set()
+        let_go.wait(60)
+        return []
+
+    monkeypatch.setattr(engine_loop, "_LAST_STEP_S", 0.2)
+    with start_server(tiny.config(drain_timeout_s=0.2)) as server, SteerserveClient(server.address) as client:
+        monkeypatch.setattr(server.engine, "step", hang)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(client.generate, "Hello", max_tokens=2)
+            assert hangs.wait(60)
+            began = time.monotonic()
+            server.stop()
+            assert time.monotonic() - began < 20
+            with pytest.raises(ServiceError, match="the server stopped before"):
+                asked.result(60)
+        let_go.set()
+    assert "is left behind" in caplog.text
 
 
 def test_an_unexpected_exception_at_admission_is_internal_and_leaks_nothing(own_server, monkeypatch) -> None:

@@ -121,7 +121,7 @@ def test_reload_says_what_changed_or_why_nothing_did(directory, tiny) -> None:
 
 def test_a_server_does_not_start_with_a_wrong_file(directory, tiny) -> None:
     write(directory, "mood")
-    with pytest.raises(PolicyError, match=r"mood.yaml: name: got 'mood', expected another"):
+    with pytest.raises(PolicyError, match=r"mood.yaml:2: name: got 'mood', expected another"):
         load_engine(tiny.config(policies=PolicyConfig(directory=str(directory))), EngineConfig(dtype="float32"))
 
 
@@ -134,12 +134,15 @@ def test_check_names_what_is_good_and_what_is_wrong(directory, tiny) -> None:
     assert (good.exit_code, good.stdout) == (0, "hide@1: 1 rules, good\nwatch@1: 1 rules, good\n")
     unknown = run("check", directory)
     assert unknown.exit_code == 1
-    assert "hide.yaml: rules[0].concept: got 'mood', expected a loaded concept: profanity" in unknown.stderr
+    assert "hide.yaml:4: rules[0].concept: got 'mood', expected a loaded concept: profanity" in unknown.stderr
 
 
 def test_explain_takes_files_built_in_policies_and_packs(directory, tiny) -> None:
     assert run("explain", "family-friendly").stdout.startswith("family-friendly@1: ")
     assert run("explain", "profanity").stdout.startswith("profanity@1: ")
+    told = run("explain", "profanity-monitor").stdout
+    assert "of 659 held-out texts that show it 76.3% exceed the card's 2.82052, of 870 others 1.0%" in told
+    assert "`steerserve policy test` shows what other thresholds" in told
     assert (
         "above -1e+09 (this policy's threshold): the word is not shown"
         in run("explain", directory / "hide.yaml", "--pack", tiny.pack).stdout
@@ -170,8 +173,20 @@ def test_a_dry_run_counts_where_the_rules_act(directory, tiny, tmp_path) -> None
     assert told["rules"][2]["precision"] is None
     assert [reading["text"] for reading in told["texts"]] == [line["text"] for line in lines]
     assert all(set(reading["fired"]) == {"mood"} for reading in told["texts"])
+    assert all(set(reading["scores"]) == {"mood", "never"} for reading in told["texts"])
+    others = [reading["scores"]["mood"] for reading in told["texts"] if not reading["label"]]
+    choices = told["thresholds"]["mood"]
+    assert [choice["is_in_force"] for choice in choices] == [True] + [False] * (len(choices) - 1)
+    assert [choice["threshold"] for choice in choices] == sorted(choice["threshold"] for choice in choices)
+    assert choices[-1]["false_positives"] == 0
+    for choice in choices:  # each does what it says, and was chosen as it says
+        assert choice["false_positives"] == sum(score > choice["threshold"] for score in others)
+        assert choice["is_in_force"] or choice["false_positive_rate"] <= 0.1
     table = run(*arguments).stdout
     assert "35.0%" in table
+    assert "-1e+09 (now)" in table
+    texts.write_text('\n{"text": "x"}')
+    assert "texts.jsonl:2" in run(*arguments).stderr.replace("\n", "")
     texts.write_text('{"text": "x"}')
     wrong = run(*arguments)
     assert wrong.exit_code == 2

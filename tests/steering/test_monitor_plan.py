@@ -89,7 +89,10 @@ Change = Callable[[dict[str, Any]], object]
         ),
         (lambda content: content["entries"][1].update(name="mood"), "entries.1.name: expected a name that no other"),
         (lambda content: content["entries"][0]["reading"].update(kind="smell"), "entries.0.reading: Input tag 'smell'"),
-        (lambda content: content["entries"][3]["reading"].update(head="12.5"), "head: expected 'L<layer>H<head>'"),
+        (
+            lambda content: content["entries"][3]["reading"].update(head="12.5"),
+            "head: got '12.5', expected 'L<layer>H<head>'",
+        ),
         (lambda content: content["entries"][3]["reading"].update(concept="mood"), "expected exactly one"),
         (lambda content: content["entries"][3]["reading"].pop("vector"), "expected exactly one"),
         (lambda content: content["entries"][1]["reading"].update(features=[1, 1]), "features: expected each once"),

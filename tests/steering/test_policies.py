@@ -82,7 +82,23 @@ HEAD = 'format: steerserve.policy/1\nname: calm\nversion: "1"\n'
     [
         (HEAD, ["calm.yaml:1: rules: missing, expected a value"]),
         (HEAD + "rules: []", ["calm.yaml:4: rules: got [], expected"]),
-        (HEAD + "rules:\n- concept: a\n  action: clamp\n  colour: red", ["calm.yaml:7: rules[0].colour: unknown"]),
+        (
+            HEAD + "rules:\n- concept: a\n  action: clamp\n  colour: red",
+            ["calm.yaml:7: rules[0].colour: unknown, expected only"],
+        ),
+        (
+            HEAD + "rules:\n- {concept: a, action: flag, treshold: 1}",
+            ["rules[0].treshold: unknown, expected threshold"],
+        ),
+        (HEAD + "rules: []\nLIMITS: 1", ["calm.yaml:5: LIMITS: unknown, expected only format, name, version, desc"]),
+        (
+            HEAD + "rules:\n- {concept: a, action: rewind, rewind: {token: 1}}",
+            ["calm.yaml:5: rules[0].rewind.token: unknown, expected tokens"],
+        ),
+        (
+            HEAD + "rules: {concept: a, action: flag}",
+            ["rules: got {'concept': 'a', 'action': 'flag'}, expected a list"],
+        ),
         (
             HEAD + "rules:\n- concept: a\n  action: blok",
             ["calm.yaml:6: rules[0].action: got 'blok', expected 'clamp', 'flag', 'rewind', 'redact' or 'block'"],
@@ -106,18 +122,18 @@ HEAD = 'format: steerserve.policy/1\nname: calm\nversion: "1"\n'
         (HEAD.replace("policy/1", "policy/9"), ["calm.yaml:1: format: got 'steerserve.policy/9', expected"]),
         (
             HEAD + "rules:\n- {concept: a, action: flag}\n- {concept: a, action: block}",
-            ["rules.1.name: expected a name that no other rule has, got 'a'"],
+            ["calm.yaml:6: rules[1].name: expected a name that no other rule has, got 'a'"],
         ),
         (
             HEAD + "rules:\n- {concept: a, action: rewind}\n- {concept: b, action: rewind}",
-            ["rules.1.action: expected one rule that rewinds, and rules.0 does already"],
+            ["calm.yaml:6: rules[1].action: expected one rule that rewinds, and rules[0] does already"],
         ),
         (
             HEAD + "rules:\n- {concept: a, action: flag}\nlimits: {n: 0, priority: [2, 1], ops: [think]}",
             ["limits.n: got 0", "limits.ops[0]: got 'think', expected 'clamp'"],
         ),
-        ("- 1", ["calm.yaml:1: got list, expected named fields"]),
-        ("", ["calm.yaml:1: got NoneType"]),
+        ("- 1", ["calm.yaml:1: got a list, expected named fields"]),
+        ("", ["calm.yaml:1: got nothing, expected named fields"]),
         ("a: [", ["calm.yaml:1: not YAML"]),
         ("[" * 5000, ["calm.yaml:1: nested too deeply, expected at most 16 levels"]),
         ("\0", ["calm.yaml: not YAML"]),
@@ -184,7 +200,7 @@ def test_a_set_is_what_a_directory_holds(tmp_path, catalog) -> None:
         ([policy(CLAMP | {"concept": "mud"})], ["rules[0].concept: got 'mud', expected a loaded concept: mood"]),
         ([policy(CLAMP, limits={"concepts": ["mud"]})], ["limits.concepts[0]: got 'mud', expected a loaded concept"]),
         ([policy(CLAMP, name="mood")], ["name: got 'mood', expected another: the concept pack"]),
-        ([policy(CLAMP), policy(CLAMP, version="2")], ["calm-2.yaml: name: got 'calm', expected another: "]),
+        ([policy(CLAMP), policy(CLAMP, version="2")], ["calm-2.yaml:4: name: got 'calm', expected another: "]),
         ([policy(CLAMP | {"edit": {"op": "clamp"}})], ["rules[0].edit.value: got None, expected a finite number"]),
         ([policy(CLAMP | {"edit": {"op": "block", "value": 1}})], ["rules[0].edit.value: got 1.0, expected no value"]),
         ([policy(FLAG | {"threshold": 1e39})], ["rules[0].threshold: got 1e+39, expected a finite number"]),
@@ -446,11 +462,13 @@ def test_a_policy_explains_itself(catalog) -> None:
         f"  read: the features at {SITE}, at every generated token",
         "  above 2 (this policy's threshold): the last 3 tokens are written again, up to 2 times; the edit is made "
         "stronger with each retry. After that, or in the prompt: the word is not shown",
+        "  `steerserve policy test` shows what other thresholds would find in your texts",
         "  if it cannot be read or edited there: the response goes on",
         "rule rule2, concept mood (mood@2)",
         f"  edit: adds -2 times their recorded maximum to features (2 at {SITE}), at every token",
         f"  read: the features at {SITE}, at every token",
         "  above 0.5 (the card's threshold): the response says so",
+        "  `steerserve policy test` shows what other thresholds would find in your texts",
         "  if it cannot be read or edited there: the response ends with an error",
         "requests under it",
         "  may make at most 2 interventions of their own (add alone) on the concepts mood alone; where both edit the "

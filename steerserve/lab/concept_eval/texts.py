@@ -38,7 +38,7 @@ class Labels:
     @property
     def record(self) -> dict[str, object]:
         """What a card says of them."""
-        labels = {"positive": sorted(self.positive), "negative": sorted(self.negative)}
+        labels: dict[str, object] = {"positive": sorted(self.positive), "negative": sorted(self.negative)}
         return labels if self.judge is None else {**labels, "judge": self.judge.name}
 
 

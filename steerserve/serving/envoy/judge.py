@@ -1,24 +1,14 @@
-"""What policies say about a text of another model's traffic.
-
-Nothing can be steered here, and nothing generated again: a rule that clamps flags, above its concept's threshold, and
-one that rewinds does what it would do after the last retry.
-"""
+"""What policies say about a text of another model's traffic."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from steerserve.serving.reading import TextReader, Watched
+from steerserve.serving.reading import TextReader
 from steerserve.serving.service import Caller, Interface, Service
-from steerserve.steering.policies import Action, Rule
+from steerserve.serving.text_rules import VERDICTS, TextRule, text_rules
 from steerserve.types import REDACTED_TEXT, GuardAction, Phase, VerdictKind
-
-_VERDICTS = {
-    GuardAction.FLAG: VerdictKind.FLAGGED,
-    GuardAction.REDACT: VerdictKind.REDACTED,
-    GuardAction.BLOCK: VerdictKind.BLOCKED,
-}
 
 
 def worst(verdicts: Iterable[VerdictKind]) -> VerdictKind:
@@ -37,7 +27,7 @@ class Mark:
     @property
     def verdict(self) -> VerdictKind:
         """What it makes of the text."""
-        return _VERDICTS[self.action]
+        return VERDICTS[self.action]
 
 
 class Judge:
@@ -63,25 +53,19 @@ class Judge:
             SteerserveError: the text cannot be judged now.
         """
         rules = self._rules(phase)
-        watched = [Watched(concept, self._threshold(rule, concept), rule.fail_open) for rule, concept in rules]
-        sightings = await self._reader.read(text, watched, caller, Interface.ENVOY) if text and rules else []
+        if not text or not rules:
+            return []
+        reading = await self._reader.read(text, [rule.watched for rule in rules], caller, Interface.ENVOY)
         return [
-            Mark(_action_of(rules[sighting.watched][0]), *_whole_words(text, sighting.start, sighting.end))
-            for sighting in sightings
+            Mark(rules[sighting.watched].action, *_whole_words(text, sighting.start, sighting.end))
+            for sighting in reading.sightings
         ]
 
-    def _rules(self, phase: Phase) -> list[tuple[Rule, str]]:
-        """As they are now, with their concepts: policies may have been loaded anew since the last text.
-
-        An edit of heads says nothing about what another model writes.
-        """
-        policies = [self._engine.catalog.policy(name, "envoy.policies") for name in self._policies]
-        rules = [rule for policy in policies for rule in policy.rules if rule.phase in (None, Phase.ALL, phase)]
-        return [(rule, rule.concept) for rule in rules if rule.concept is not None]
-
-    def _threshold(self, rule: Rule, concept: str) -> float:
-        card = self._engine.catalog.concept(concept, "envoy.policies").card
-        return card.detector.threshold if rule.threshold is None else rule.threshold
+    def _rules(self, phase: Phase) -> list[TextRule]:
+        """As they are now: policies may have been loaded anew since the last text."""
+        catalog = self._engine.catalog
+        policies = [catalog.policy(name, "envoy.policies") for name in self._policies]
+        return text_rules(policies, phase, catalog, "envoy.policies")
 
 
 def redacted(text: str, marks: Iterable[Mark], start: int = 0, end: int | None = None) -> str:
@@ -103,17 +87,6 @@ def redacted(text: str, marks: Iterable[Mark], start: int = 0, end: int | None =
         pieces.append(REDACTED_TEXT if first >= start else "")
         at = min(last, stop)
     return "".join([*pieces, text[at:stop]])
-
-
-def _action_of(rule: Rule) -> GuardAction:
-    match rule.action:
-        case Action.CLAMP:
-            return GuardAction.FLAG
-        case Action.REWIND:
-            assert rule.rewind_terms is not None
-            return rule.rewind_terms.otherwise
-        case action:
-            return GuardAction(action)
 
 
 def _whole_words(text: str, start: int, end: int) -> tuple[int, int]:

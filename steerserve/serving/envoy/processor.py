@@ -34,6 +34,7 @@ class ExternalProcessor(external_processor_pb2_grpc.ExternalProcessorServicer): 
     def __init__(
         self, service: Service, config: EnvoyConfig, max_bytes: int, authenticate: Callable[[Context], Caller]
     ) -> None:
+        self._engine_loop = service.engine_loop
         self._judge = Judge(service, config.policies)
         self._config = config
         self._max_bytes = max_bytes
@@ -48,13 +49,21 @@ class ExternalProcessor(external_processor_pb2_grpc.ExternalProcessorServicer): 
         except SteerserveError as error:
             await end_call(context, status_of(error, str))
         traffic = Traffic(self._judge, self._config, self._max_bytes, caller)
-        async for message in request_iterator:
-            for reply in await traffic.replies(message):
-                if message.observability_mode:
-                    continue  # told, not asked
-                await context.write(reply)
-                if reply.HasField("immediate_response"):
-                    return
+        try:
+            with self._engine_loop.dialogue():  # an answer that is on its way is judged to its end, through a drain
+                await _answer(traffic, request_iterator, context)
+        except SteerserveError as error:
+            await end_call(context, status_of(error, str))
+
+
+async def _answer(traffic: Traffic, messages: AsyncIterator[pb.ProcessingRequest], context: Context) -> None:
+    async for message in messages:
+        for reply in await traffic.replies(message):
+            if message.observability_mode:
+                continue  # told, not asked
+            await context.write(reply)
+            if reply.HasField("immediate_response"):
+                return
 
 
 def add_external_processor(

@@ -19,7 +19,7 @@ from steerserve.serving.http.bodies import ModerationBody, parse_body
 from steerserve.serving.http.connection import read_json_body, unless_disconnected
 from steerserve.serving.scoring import Scorer
 from steerserve.serving.service import Caller, Interface
-from steerserve.types import ConceptScore
+from steerserve.types import ConceptScore, TextScores
 
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -48,10 +48,11 @@ class Moderation:
         return [_result(await self._scorer.score(text, (), caller, Interface.HTTP)) for text in texts]
 
 
-def _result(scores: list[ConceptScore]) -> dict[str, Any]:
+def _result(read: TextScores) -> dict[str, Any]:
+    scores = read.concepts.values()
     categories = {score.concept: score.flagged for score in scores}
     return {
-        "flagged": any(categories.values()),
+        "flagged": read.flagged,
         "categories": categories,
         "category_scores": {score.concept: _share(score) for score in scores},
         "category_applied_input_types": {concept: ["text"] for concept in categories},

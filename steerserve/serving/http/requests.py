@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from steerserve.errors import FieldError, InvalidRequestError
-from steerserve.serving.fields import AsShown, expect, refuse_too_many
+from steerserve.serving.fields import AsShown, expect, refuse_no_tokens, refuse_too_many
 from steerserve.serving.http.bodies import Body, ChatBody, CompletionBody
 from steerserve.serving.http.steering import read_steering
 from steerserve.types import MAX_RESPONSES, GenerateRequest, Message, Prompt, SamplingParams
@@ -117,6 +117,7 @@ def _asked(body: Body, answer_id: str, prompts: Sequence[Prompt], sampling: dict
 
 
 def _sampling(body: Body, values: dict[str, Any]) -> SamplingParams:
+    refuse_no_tokens(values["max_tokens"])
     given = {name: getattr(body, name) for name in _SAME_NAMES if getattr(body, name) is not None}
     return SamplingParams(
         **values,

@@ -12,10 +12,17 @@ from starlette.types import ASGIApp
 
 from steerserve.config import ServerConfig
 from steerserve.errors import AssetError
+from steerserve.serving.certificates import Certificates
 from steerserve.serving.health import Health
 from steerserve.serving.http.backend import Authenticate, Backend
 from steerserve.serving.http.endpoints import openai_app
+from steerserve.serving.http.protocol import protocol
 from steerserve.serving.service import Service
+
+_MAX_CONNECTIONS = 1024
+# Longer than clients keep one without requests (httpx and openai 5 s, proxies 60 s): were the server first to close it,
+# a request that is on its way at that moment would be lost.
+_KEEP_ALIVE_S = 75
 
 
 class HttpServer:
@@ -28,7 +35,14 @@ class HttpServer:
         AssetError: the address cannot be bound.
     """
 
-    def __init__(self, service: Service, config: ServerConfig, authenticate: Authenticate, health: Health) -> None:
+    def __init__(
+        self,
+        service: Service,
+        config: ServerConfig,
+        authenticate: Authenticate,
+        health: Health,
+        certificates: Certificates | None = None,
+    ) -> None:
         http = config.http
         assert http.port is not None, "without a port there is no HTTP"
         self._socket = _bound(http.host, http.port)
@@ -50,7 +64,7 @@ class HttpServer:
             app = with_trace_context(app)
         uvicorn_config = uvicorn.Config(
             app,
-            http="h11",
+            http=protocol(http.read_timeout_s),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -58,8 +72,9 @@ class HttpServer:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            ssl_certfile=config.access.certificate,
-            ssl_keyfile=config.access.private_key,
+            ssl_context_factory=None if certificates is None else lambda *_: certificates.ssl_context(),
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=1,  # after a drain: time for last bytes, not for answers
         )
         self._server = _Server(uvicorn_config)

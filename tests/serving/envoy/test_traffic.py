@@ -5,11 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 
+import grpc
 import pytest
 from data_plane import EVENT_HEADERS, JSON_HEADERS, MODES, DataPlane, Mode
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from steerserve.types import REDACTED_TEXT
 
+SERVING = health_pb2.HealthCheckResponse.SERVING
 CALM = "The sun is out and all is well."
 WINDY = "There is some wind today."
 RAINY = "There is rain and more rain, raining rain."
@@ -273,3 +276,19 @@ def test_a_judgement_that_fails_is_refused_and_leaks_nothing(start_server, tiny,
         assert (outcome.immediate.status.code, b"secret" in outcome.immediate.body) == (503, False)
         monkeypatch.undo()
         assert plane.carry([chat(CALM)], [answer(CALM)]).response.body == answer(CALM)
+
+
+def test_an_answer_that_is_on_its_way_is_judged_through_a_drain(start_server, tiny, weather, wait_until) -> None:
+    def late():
+        """What the other model says after the server was told to stop."""
+        server.begin_stop()
+        wait_until(lambda: stub.Check(health_pb2.HealthCheckRequest()).status != SERVING)
+        with pytest.raises(grpc.RpcError, match="shutting down"):
+            plane.carry([chat(CALM)])
+        yield answer(RAINY)
+
+    with start_server(tiny.config(**weather), max_model_len=256) as server, DataPlane(server.address) as plane:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            outcome = plane.carry([chat(CALM)], late())
+        assert REDACTED_TEXT in json.loads(outcome.response.body)["choices"][0]["message"]["content"]

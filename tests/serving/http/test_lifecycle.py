@@ -103,6 +103,30 @@ def test_a_body_that_does_not_arrive_is_given_up(start_server, tiny) -> None:
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 408")
 
 
+def test_a_head_that_does_not_arrive_is_given_up(start_server, tiny) -> None:
+    health = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+
+    def answer(connection: socket.socket) -> bytes:
+        received = connection.recv(1 << 16)
+        while not received.endswith(b"}"):
+            received += connection.recv(1 << 16)
+        return received
+
+    with start_server(tiny.config(http={"port": 0, "read_timeout_s": 2})) as server, ExitStack() as stack:
+        host, _, port = server.http_address.rpartition(":")
+        silent, partial, idle = (
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=20)) for _ in range(3)
+        )
+        partial.sendall(health[:-2])
+        idle.sendall(health)
+        assert answer(idle).startswith(b"HTTP/1.1 200")
+        assert [connection.recv(1 << 16) for connection in (silent, partial)] == [b"", b""]
+        idle.sendall(health)
+        assert answer(idle).startswith(b"HTTP/1.1 200"), "an idle connection stays"
+        idle.sendall(health[:-2])
+        assert idle.recv(1 << 16) == b"", "a later request"
+
+
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event(own_server, monkeypatch, caplog) -> None:
     def fail() -> None:
         monkeypatch.undo()

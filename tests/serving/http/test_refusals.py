@@ -45,6 +45,7 @@ CHAT_CASES = {
     "temperature": ({"temperature": -1}, "temperature", ">= 0"),
     "top_p": ({"top_p": 2}, "top_p", "(0, 1]"),
     "n": ({"n": 65}, "n", "[1, 64]"),
+    "no tokens": ({"max_tokens": 0}, "max_tokens", ">= 1"),
     "no room": ({"max_tokens": 32_768}, "max_tokens", "at most"),
     "no room, by the newer name": ({"max_completion_tokens": 32_768}, "max_completion_tokens", "at most"),
     "two limits": ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "4"),

@@ -19,11 +19,16 @@ Scores = NDArray[np.float64]
 
 def connected(graph: Graph, present: Present) -> Present:
     """The edges that lie on a path of kept edges from the embedding to the logits."""
-    reached = np.zeros(len(graph.sources), bool)
-    reached[0] = True
+    return present & reached(graph, present) & Liveness.of(graph, present).receivers[:, None]
+
+
+def reached(graph: Graph, present: Present) -> NDArray[np.bool_]:
+    """``[sources]``: a path of kept edges leads there from the embedding."""
+    found = np.zeros(len(graph.sources), bool)
+    found[0] = True
     for source in range(1, len(graph.sources)):
-        reached[source] = (present[list(graph.readers[source])] & reached).any()
-    return present & reached & Liveness.of(graph, present).receivers[:, None]
+        found[source] = (present[list(graph.readers[source])] & found).any()
+    return found
 
 
 def top_edges(graph: Graph, scores: Scores, count: int) -> Present:

@@ -14,6 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from steerserve.circuits.graph import Graph, Liveness, Present
 from steerserve.errors import AssetError
 
@@ -87,6 +90,14 @@ class Discovery:
         for decision in self.decisions:
             present[decision.receiver, decision.source] = decision.kept
         return present
+
+    @cached_property
+    def effects(self) -> NDArray[np.float64]:
+        """``[receivers, sources]``: what each edge's removal added to the metric, 0 where it was not tested."""
+        effects = np.zeros(self.graph.full.shape)
+        for decision in self.decisions:
+            effects[decision.receiver, decision.source] = decision.effect
+        return effects
 
     @property
     def num_kept(self) -> int:

@@ -12,7 +12,7 @@ through the slope of that norm, at the same run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,20 @@ class EdgeScores:
 
 
 def attribute_edges(
-    model: SlicedModel, graph: Graph, pairs: PromptPairs, metric: str, steps: int = 1, max_bytes: int = 2**30
+    model: SlicedModel,
+    graph: Graph,
+    pairs: PromptPairs,
+    metric: str,
+    steps: int = 1,
+    max_bytes: int = 2**30,
+    report: Callable[[float], None] = lambda _: None,
 ) -> EdgeScores:
     """Approximate effects of every edge of ``graph``, by EAP, or by EAP-IG for ``steps`` above 1.
 
     Args:
         metric: a key of ``METRICS``.
         max_bytes: memory for a batch of prompts, about.
+        report: gets the share of the passes that are done.
 
     Raises:
         InvalidRequestError: a setting is out of range, or the metric is KL, which has no slope at the clean run, with
@@ -95,7 +102,9 @@ def attribute_edges(
     scores = np.zeros(graph.full.shape)
     for start in range(0, len(pairs), size):
         batch = pairs.take(range(start, min(start + size, len(pairs))))
-        scores += _batch_scores(model, graph, batch, metric, steps)
+        for step, summed in enumerate(_batch_scores(model, graph, batch, metric, steps), 1):
+            scores += summed
+            report((start + len(batch) * step / steps) / len(pairs))
     if not np.isfinite(scores).all():
         raise InvalidRequestError("metric", metric, "finite slopes on these prompts")
     cfg = {
@@ -120,24 +129,24 @@ def attribute_edges(
     return EdgeScores(graph, cfg, np.where(graph.full, scores / (steps * len(pairs)), 0.0))
 
 
-def _batch_scores(model: SlicedModel, graph: Graph, pairs: PromptPairs, metric: str, steps: int) -> Scores:
-    """``[receivers, sources]``, summed over prompts and steps."""
+def _batch_scores(model: SlicedModel, graph: Graph, pairs: PromptPairs, metric: str, steps: int) -> Iterator[Scores]:
+    """By step ``[receivers, sources]``, summed over prompts."""
     with torch.no_grad():
         clean, corrupted = record(model, pairs.clean), record(model, pairs.corrupted)
         reference = model.logits(_at(clean.residuals[-1], pairs.last))
     changes = [other - x for x, other in zip(clean.outputs, corrupted.outputs, strict=True)]
     judge = METRICS[metric](pairs, reference)
-    total = np.zeros(graph.full.shape)
     for step in range(1, steps + 1):
         embedding = torch.lerp(corrupted.outputs[0], clean.outputs[0], step / steps).detach().requires_grad_()
         with torch.enable_grad():
             run = _Run(model, graph, embedding)
             value = judge.per_prompt(model.logits(_at(run.inputs[-1], pairs.last))).sum()
             slopes = torch.cat(torch.autograd.grad(value, run.inputs)).detach()
+        total = np.zeros(graph.full.shape)
         for first, written, seen in _written(model, graph, changes, run.attention, slopes):
             products = torch.einsum("snpd,rnpd->rs", written, seen).double()
             total[:, first : first + len(written)] += products.cpu().numpy()
-    return total
+        yield total
 
 
 def _written(

@@ -21,6 +21,7 @@ from steerserve.circuits.ablation import Baseline
 from steerserve.circuits.graph import Graph, Present
 from steerserve.circuits.metrics import Metric
 from steerserve.circuits.propagation import run_circuit
+from steerserve.circuits.random_circuits import random_circuit, random_connected_circuit
 from steerserve.circuits.trials import values
 from steerserve.errors import InvalidRequestError
 
@@ -41,7 +42,8 @@ class Faithfulness:
     Attributes:
         circuit, knock_out: of C, and of the model without it.
         model, nothing: of the whole model, and with every edge ablated.
-        random: of random circuits with as many edges as C.
+        random, random_connected: of random circuits with as many edges as C. Of the former hardly an edge leads to the
+            logits, so that only the latter are a control worth the name.
     """
 
     circuit: float
@@ -49,6 +51,7 @@ class Faithfulness:
     model: float
     nothing: float
     random: tuple[float, ...]
+    random_connected: tuple[float, ...]
 
     @property
     def faithfulness(self) -> float:
@@ -64,23 +67,17 @@ def normalised(value: float, model: float, nothing: float) -> float:
 def faithfulness(
     graph: Graph, baseline: Baseline, metric: Metric, present: Present, num_random: int = 10, seed: int = 0
 ) -> Faithfulness:
-    """Measure a circuit on the baseline's prompts."""
-    generator = np.random.default_rng(seed)
-    randoms = [random_circuit(graph, int(present.sum()), generator) for _ in range(num_random)]
-    circuit, knock_out, nothing, *random = (
-        metric_of(graph, baseline, metric, each) for each in (present, graph.full & ~present, graph.empty(), *randoms)
+    """Measure a circuit on the baseline's prompts, with ``num_random`` controls of either kind."""
+    generator, num_edges = np.random.default_rng(seed), int(present.sum())
+    random, random_connected = (
+        tuple(metric_of(graph, baseline, metric, draw(graph, num_edges, generator)) for _ in range(num_random))
+        for draw in (random_circuit, random_connected_circuit)
+    )
+    circuit, knock_out, nothing = (
+        metric_of(graph, baseline, metric, each) for each in (present, graph.full & ~present, graph.empty())
     )
     model = values(metric, baseline.clean_logits[None])[0]
-    return Faithfulness(circuit, knock_out, model, nothing, tuple(random))
-
-
-def random_circuit(graph: Graph, num_edges: int, generator: np.random.Generator) -> Present:
-    """So many edges, drawn from all alike."""
-    present = graph.empty()
-    receivers, sources = np.nonzero(graph.full)
-    chosen = generator.choice(len(receivers), num_edges, replace=False)
-    present[receivers[chosen], sources[chosen]] = True
-    return present
+    return Faithfulness(circuit, knock_out, model, nothing, random, random_connected)
 
 
 @dataclass(frozen=True)

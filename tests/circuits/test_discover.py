@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from steerserve import cli
+from steerserve.circuits.diagram import COLOURS, MAX_EDGES, Diagram
 from steerserve.circuits.discovery import Counts, Decision, Discovery
-from steerserve.circuits.drawing import MAX_EDGES, draw_circuit, head_effects
+from steerserve.circuits.dot import source_of
+from steerserve.circuits.drawing import draw_circuit, head_effects, save_circuit
 from steerserve.circuits.graph import Graph
 from steerserve.circuits.plots import save
 
@@ -89,12 +93,11 @@ def test_an_unknown_task(model, tmp_path) -> None:
     assert "TASK: got 'chess', expected one of ioi" in outcome.output
 
 
-def whole(graph: Graph) -> Discovery:
+def diagram_of(graph: Graph) -> Diagram:
     """Every edge is kept, the last ones with the largest effects."""
-    decisions = tuple(
-        Decision(receiver, source, True, float(number), number) for number, (receiver, source) in enumerate(graph.edges)
-    )
-    return Discovery(graph, {}, decisions, Counts(), 0.0)
+    effects = np.zeros(graph.full.shape)
+    effects[graph.full] = range(graph.num_edges)
+    return Diagram.of(graph, graph.full, effects)
 
 
 def words_of(picture: Path) -> str:
@@ -107,15 +110,59 @@ def test_a_picture_names_its_nodes_and_says_what_it_leaves_out(tmp_path, monkeyp
     monkeypatch.setitem(rcParams, "svg.fonttype", "none")
     graph = Graph(n_layers=6, n_heads=4, n_kv_heads=2)
     assert graph.num_edges > MAX_EDGES
-    save(draw_circuit(whole(graph), "all of it"), tmp_path / "large.svg")
+    save(draw_circuit(diagram_of(graph), "all of it"), tmp_path / "large.svg")
     words = words_of(tmp_path / "large.svg")
     assert f"the {MAX_EDGES} strongest of" in words
     assert all(name in words for name in ("logits", "L5H3", "m4", "into mlp"))
     small = Graph(n_layers=1, n_heads=2, n_kv_heads=1, split=False)
-    save(draw_circuit(whole(small), "all of it"), tmp_path / "small.svg")
+    save(draw_circuit(diagram_of(small), "all of it"), tmp_path / "small.svg")
     words = words_of(tmp_path / "small.svg")
     assert "strongest" not in words
     assert all(name in words for name in ("input", "L0H0", "L0H1", "m0", "logits"))
+
+
+def test_graphviz_gets_rows_from_the_embedding_to_the_logits_and_the_strongest_edges() -> None:
+    graph = Graph(n_layers=6, n_heads=4, n_kv_heads=2)
+    diagram = diagram_of(graph)
+    source = source_of(diagram, "τ < 1 & <all>").source
+    arrows = [line for line in source.splitlines() if "->" in line and "invis" not in line]
+    assert len(arrows) == MAX_EDGES
+    assert re.search(r"\bL5H3 -> logits \[arrowsize=0.5 color=\"#111111", source)
+    rows = [block.split() for block in re.findall(r"rank=same\n([^}]*)}", source)]
+    assert rows[-1] == ["logits"]
+    assert rows[-2:-4:-1] == [["m5"], ["L5H0", "L5H1", "L5H2", "L5H3"]]
+    assert len(re.findall("style=invis", source)) == len(rows) - 1
+    assert f"τ &lt; 1 &amp; &lt;all&gt;<BR/>the {MAX_EDGES} strongest of" in source
+    assert all(f'<FONT COLOR="{COLOURS[kind]}">into {kind}</FONT>' in source for kind in diagram.kinds)
+
+
+def test_a_circuit_without_an_edge_has_a_picture_too(tmp_path, monkeypatch) -> None:
+    graph = Graph(n_layers=1, n_heads=1, n_kv_heads=1)
+    diagram = Diagram.of(graph, graph.empty(), np.zeros(graph.full.shape))
+    assert "logits" in source_of(diagram, "nothing").source
+    monkeypatch.setenv("PATH", str(tmp_path))
+    save_circuit(diagram, "nothing", tmp_path / "circuit.svg")
+    ElementTree.parse(tmp_path / "circuit.svg")
+
+
+@pytest.mark.parametrize(
+    ("script", "by_graphviz"),
+    [
+        ('test "$2" = -Tsvg && echo "<svg>" && while read -r line; do :; done && echo "</svg>"', True),
+        ("exit 1", False),
+        (None, False),
+    ],
+    ids=["there", "broken", "missing"],
+)
+def test_pictures_are_laid_out_by_dot_or_plainly_without_it(script, by_graphviz, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if script is not None:
+        (tmp_path / "dot").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "dot").chmod(0o755)
+    save_circuit(diagram_of(Graph(1, 2, 1)), "all of it", tmp_path / "circuit.svg")
+    drawn = (tmp_path / "circuit.svg").read_text()
+    ElementTree.fromstring(drawn)
+    assert (drawn == "<svg>\n</svg>\n") is by_graphviz
 
 
 def test_a_heads_effect_is_that_of_the_kept_edges_out_of_it() -> None:

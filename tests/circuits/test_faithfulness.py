@@ -7,8 +7,11 @@ import pytest
 
 from steerserve.circuits.ablation import Ablation, Baseline
 from steerserve.circuits.acdc import discover
-from steerserve.circuits.faithfulness import BUDGETS, completeness, curve, faithfulness, metric_of, random_circuit
+from steerserve.circuits.agreement import connected
+from steerserve.circuits.faithfulness import BUDGETS, completeness, curve, faithfulness, metric_of
+from steerserve.circuits.graph import Graph
 from steerserve.circuits.metrics import kl
+from steerserve.circuits.random_circuits import random_circuit, random_connected_circuit
 from steerserve.circuits.settings import ACDCConfig
 from steerserve.circuits.slicing import slice_model
 from steerserve.errors import InvalidRequestError
@@ -39,7 +42,8 @@ def test_a_found_circuit_beats_random_ones_of_its_size(held_out, make_pairs) -> 
     search = Baseline(baseline.model, make_pairs(), Ablation.CORRUPTED)
     found = discover(graph, search, kl(search.clean_logits), ACDCConfig(0.05))
     measured = faithfulness(*held_out, found.present, num_random=5)
-    assert measured.circuit < min(measured.random)
+    assert measured.circuit < min(measured.random + measured.random_connected)
+    assert len(measured.random_connected) == 5
     assert measured.knock_out > measured.model
 
 
@@ -48,6 +52,24 @@ def test_random_circuits_have_the_size_asked_for(held_out) -> None:
     present = random_circuit(graph, 17, np.random.default_rng(0))
     assert present.sum() == 17
     assert not (present & ~graph.full).any()
+
+
+@pytest.mark.parametrize(("split", "kv"), [(True, "grouped"), (False, "expanded")])
+@pytest.mark.parametrize("num_edges", [0, 1, 2, 17, 60])
+def test_random_connected_circuits_have_the_size_and_no_loose_end(split, kv, num_edges) -> None:
+    graph = Graph(3, 4, 2, split=split, kv=kv)
+    drawn = [random_connected_circuit(graph, num_edges, np.random.default_rng(seed)) for seed in range(5)]
+    for present in drawn:
+        assert present.sum() == num_edges
+        assert not (present & ~graph.full).any()
+        assert (connected(graph, present) == present).all()
+    assert num_edges < 17 or len({present.tobytes() for present in drawn}) == 5
+
+
+def test_a_size_that_no_connected_circuit_has_is_refused() -> None:
+    graph = Graph(1, 1, 1, split=False)
+    with pytest.raises(InvalidRequestError, match="num_edges: got 99"):
+        random_connected_circuit(graph, 99, np.random.default_rng(0))
 
 
 def test_the_whole_model_is_complete(held_out) -> None:

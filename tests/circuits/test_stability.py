@@ -9,11 +9,11 @@ import pytest
 
 from steerserve.circuits import acdc
 from steerserve.circuits.agreement import auroc, connected, jaccard, mean_jaccard, overlap, top_edges
-from steerserve.circuits.faithfulness import random_circuit
 from steerserve.circuits.graph import Graph
+from steerserve.circuits.random_circuits import random_circuit
 from steerserve.circuits.settings import ACDCConfig, ParentOrder
 from steerserve.circuits.slicing import slice_model
-from steerserve.circuits.stability import measure_stability
+from steerserve.circuits.stability import Setting, Stability, measure_stability
 from steerserve.errors import InvalidRequestError
 
 GRAPH = Graph(2, 2, 2)
@@ -56,6 +56,28 @@ def test_jaccard() -> None:
     assert jaccard(half, half) == jaccard(GRAPH.empty(), GRAPH.empty()) == 1
     assert jaccard(half, GRAPH.full) == half.sum() / GRAPH.num_edges
     assert mean_jaccard([half, half, GRAPH.full]) == pytest.approx((1 + 2 * half.sum() / GRAPH.num_edges) / 3)
+
+
+def test_agreement_is_between_searches_that_differ_in_one_respect() -> None:
+    half = GRAPH.full.copy()
+    half[-1] = False
+    found = {
+        Setting(0, "a", 0.1): GRAPH.full,
+        Setting(0, "a", 0.2): half,
+        Setting(0, "a", 0.3): GRAPH.empty(),
+        Setting(1, "a", 0.1): GRAPH.full,
+        Setting(1, "a", 0.2): half,
+        Setting(1, "a", 0.3): GRAPH.full,
+    }
+    share = half.sum() / GRAPH.num_edges
+    agreement = Stability(GRAPH, found).agreement()
+    assert agreement == {"bootstrap": pytest.approx(2 / 3), "order": None, "threshold": pytest.approx(share * 3 / 4)}
+
+
+def test_heads_are_by_layer() -> None:
+    present = GRAPH.empty()
+    present[-1, GRAPH.head(1, 0)] = present[-1, GRAPH.mlp(0)] = True
+    assert Stability(GRAPH, {Setting(0, "a", 0.1): present}).heads.tolist() == [[0, 0], [1, 0]]
 
 
 def test_frequencies_are_shares_and_a_second_call_runs_no_test(load_exact, make_pairs, tmp_path, monkeypatch) -> None:

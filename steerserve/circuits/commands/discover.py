@@ -18,9 +18,11 @@ from rich.table import Table
 
 from steerserve.circuits.ablation import Ablation, Baseline
 from steerserve.circuits.acdc import Report, sweep
+from steerserve.circuits.commands.monitor_plan import PlanRequest, Thresholds
 from steerserve.circuits.commands.options import TaskArgument, prompts_of
+from steerserve.circuits.diagram import Diagram
 from steerserve.circuits.discovery import Discovery
-from steerserve.circuits.drawing import draw_circuit, draw_heads, head_effects
+from steerserve.circuits.drawing import draw_heads, head_effects, save_circuit
 from steerserve.circuits.faithfulness import Faithfulness, faithfulness
 from steerserve.circuits.graph import Graph
 from steerserve.circuits.metrics import METRICS
@@ -29,11 +31,15 @@ from steerserve.circuits.prompts import PromptPairs, Split
 from steerserve.circuits.settings import ACDCConfig, ParentOrder
 from steerserve.circuits.sliced import SlicedModel
 from steerserve.circuits.slicing import slice_model
+from steerserve.circuits.stability import measure_stability
 from steerserve.errors import InvalidRequestError
 from steerserve.lab.commands.options import ModelOption, console
 from steerserve.models.loading import load_model
 from steerserve.models.pull import resolve_model
+from steerserve.steering.monitor_plan import MAX_ENTRIES
 
+BOOTSTRAPS = "bootstraps"
+"""Directory of the further searches, below OUT."""
 NUM_RANDOM = 5
 TOP_HEADS = 12
 
@@ -55,17 +61,41 @@ def discover_command(
     held_out: Annotated[int, typer.Option(min=0, help="Other pairs, on which the circuit is measured; 0: none.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the prompts, and of a random order.")] = 0,
     max_bytes: Annotated[int, typer.Option(min=1, help="Memory for one batch of tests.")] = 2**30,
+    bootstraps: Annotated[int, typer.Option(min=0, help="Further searches, each on another draw of the pairs.")] = 0,
+    monitor_plan: Annotated[Path | None, typer.Option(help="Write what to watch, for `serve --monitor-plan`.")] = None,
+    circuit: Annotated[
+        list[Path], typer.Option(help="Plan: further circuit of the behaviour, such as of another --order; repeatable.")
+    ] = [],  # noqa: B006
+    control: Annotated[
+        list[Path], typer.Option(help="Plan: circuit of another behaviour, for specificity; repeatable.")
+    ] = [],  # noqa: B006
+    watch: Annotated[int, typer.Option(min=1, max=MAX_ENTRIES, help="Plan: heads at most.")] = 9,
+    min_frequency: Annotated[float, typer.Option(min=0, max=1, help="Plan: share of circuits with a head.")] = 0.5,
+    min_specificity: Annotated[
+        float, typer.Option(min=0, help="Plan: how much more often than circuits of --control have it.")
+    ] = 0.0,
+    texts: Annotated[
+        list[Path], typer.Option(help="Plan: .jsonl[.gz] with 'text' and 'label', to fit a probe; repeatable.")
+    ] = [],  # noqa: B006
+    positive_label: Annotated[
+        list[str], typer.Option(help="Plan: label of texts that show the behaviour; repeatable.")
+    ] = [],  # noqa: B006
+    sae: Annotated[list[Path], typer.Option(help="Plan: SAE directory, whose features count too; repeatable.")] = [],  # noqa: B006
     model: ModelOption = "smollm2-135m-instruct",
 ) -> None:
     """Find the circuit of a behaviour by ACDC, exactly: which heads and MLPs matter, through which edges."""
     configs = [ACDCConfig(each, order, seed, max_bytes=max_bytes) for each in threshold]
     if metric not in METRICS:
         raise InvalidRequestError("--metric", metric, f"one of {', '.join(METRICS)}")
+    if bootstraps and ablation is not Ablation.CORRUPTED:
+        raise InvalidRequestError("--bootstraps", bootstraps, "0 unless --ablation is corrupted")
     loaded = load_model(resolve_model(model), torch.float32)
     sliced = slice_model(loaded)
     graph = sliced.graph(split_qkv, "expanded" if expand_kv else "grouped")
     pairs = prompts_of(loaded, task, prompts, seed, Split.DISCOVERY)
     others = prompts_of(loaded, task, held_out, seed, Split.HELD_OUT) if held_out else None
+    limits = Thresholds(watch, min_frequency, min_specificity)
+    plan = monitor_plan and PlanRequest.of(loaded, monitor_plan, limits, control, texts, positive_label, sae)
     out.mkdir(parents=True, exist_ok=True)
     baseline = Baseline(sliced, pairs, ablation)
     measure = METRICS[metric](pairs, baseline.clean_logits)
@@ -75,10 +105,16 @@ def discover_command(
         measured = None if others is None else _measured(sliced, graph, others, metric, ablation, found)
         _write(found, measured, _file(out, tau))
         title = f"{pairs.name}, τ = {tau:g}: {found.num_kept} of {graph.num_edges:,} edges"
-        save(draw_circuit(found, title), _file(out, tau).with_suffix(".svg"))
+        save_circuit(Diagram.of(graph, found.present, found.effects), title, _file(out, tau).with_suffix(".svg"))
         save(draw_heads(found, f"Effect of kept edges out of each head\n{title}"), out / f"heads-{tau:g}.svg")
         console.print(_table(found, measured, title, metric))
     console.print(f"circuits and pictures: {out}")
+    files = [_file(out, tau) for tau in sorted(threshold)]
+    if bootstraps:
+        drawn = measure_stability(sliced, graph, pairs, metric, configs[:1], threshold, bootstraps, out / BOOTSTRAPS)
+        files += [out / BOOTSTRAPS / f"{name}.json" for name in drawn.circuits]
+    if plan:
+        plan.write(loaded, pairs, metric, [*files, *circuit], bootstraps)
 
 
 def _file(out: Path, threshold: float) -> Path:
@@ -151,6 +187,7 @@ def _table(found: Discovery, measured: Faithfulness | None, title: str, metric: 
         )
         rows["the model without it"] = f"{measured.knock_out:.4g}"
         rows[f"{NUM_RANDOM} random circuits"] = ", ".join(f"{value:.4g}" for value in measured.random)
+        rows["the same, connected"] = ", ".join(f"{value:.4g}" for value in measured.random_connected)
     for name, value in rows.items():
         table.add_row(name, value)
     return table

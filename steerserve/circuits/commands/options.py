@@ -31,7 +31,10 @@ OptionalTaskArgument = Annotated[
 NumPromptsOption = Annotated[int, typer.Option(min=1, help="Prompt pairs; of a file, at most.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Of the prompts of a built-in task.")]
 SplitOption = Annotated[Split, typer.Option(help="Part of the task's prompts, or of the file's.")]
-MetricOption = Annotated[str | None, typer.Option(help=f"{', '.join(METRICS)}. [the task's own; {METRIC_OF_FILES}]")]
+MetricOption = Annotated[
+    str | None,
+    typer.Option(help=f"{', '.join(METRICS)}. If none: the task's own, of a file {METRIC_OF_FILES}."),
+]
 OutOption = Annotated[Path, typer.Option(help="The result, as JSON; a picture goes into a .svg beside it.")]
 
 
@@ -79,7 +82,12 @@ def write(result: dict[str, Any], figure: Figure, out: Path) -> None:
     """The result with the command that made it, and its picture."""
     from steerserve.circuits.plots import save
 
+    save(figure, out.with_suffix(".svg"))
+    write_beside_picture(result, out)
+
+
+def write_beside_picture(result: dict[str, Any], out: Path) -> None:
+    """The result with the command that made it, where its picture has been saved."""
     content = {**result, "command": shlex.join(["steerserve", *sys.argv[1:]])}
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    save(figure, out.with_suffix(".svg"))
     console.print(f"{out}, {out.with_suffix('.svg')}")

@@ -10,8 +10,9 @@ import typer
 
 from steerserve.errors import InvalidRequestError
 from steerserve.lab.commands.options import ModelDtype, ModelDtypeOption, ModelOption, SortByOption, console, sae_for
-from steerserve.models.loading import load_model
+from steerserve.models.loading import LoadedModel, load_model
 from steerserve.models.pull import resolve_model
+from steerserve.steering.packs import check_site
 from steerserve.types import Site
 
 
@@ -35,7 +36,15 @@ def build_command(
     negative: Annotated[list[Path], typer.Option(help="Texts that do not; may be the same file; repeatable.")],
     out: Annotated[Path, typer.Option(help="Directory for the pack.")],
     sae: Annotated[list[Path] | None, typer.Option(help="SAE directory, one a site; repeatable.")] = None,
+    candidates: Annotated[
+        list[Path] | None,
+        typer.Option(help="Features of an --sae to choose from, as `analyse features` lists them; repeatable."),
+    ] = None,
     site: Annotated[list[str] | None, typer.Option(help="For diff-means: where directions are; repeatable.")] = None,
+    detector_site: Annotated[
+        list[str] | None,
+        typer.Option(help="Where the detector's probe may read, if not where the policy edits; repeatable."),
+    ] = None,
     positive_label: Annotated[list[str] | None, typer.Option(help="Only texts so labelled count; repeatable.")] = None,
     negative_label: Annotated[list[str] | None, typer.Option(help="The same for --negative.")] = None,
     sort_by: SortByOption = "",
@@ -64,6 +73,7 @@ def build_command(
     from steerserve.lab.concept_build.concept import Concept
     from steerserve.lab.concept_build.fitting import FitConfig
     from steerserve.lab.concept_build.selection import SelectionConfig
+    from steerserve.lab.concept_build.shortlists import read_shortlists
     from steerserve.lab.concept_build.strength import Budget
     from steerserve.lab.concept_eval.judges import judge as judge_named
     from steerserve.lab.concept_eval.texts import Labels
@@ -72,6 +82,8 @@ def build_command(
 
     if method is Method.FEATURES and (not sae or site):
         raise InvalidRequestError("method", str(method), "--sae, one or several, and no --site")
+    if method is Method.DIFF_MEANS and candidates:
+        raise InvalidRequestError("candidates", str(candidates[0]), "--method features")
     if method is Method.DIFF_MEANS and (not site or sae):
         raise InvalidRequestError("method", str(method), "--site, one or several, and no --sae")
     direction = Direction(action.value)
@@ -88,16 +100,24 @@ def build_command(
         judge=judge_named(judge) if judge else None,
         chat=chat,
     )
+    loaded = load_model(resolve_model(model), dtype.torch)
+    saes = [sae_for(loaded, path) for path in sae or []]
     config = BuildConfig(
-        SelectionConfig(num_features=features),
+        SelectionConfig(num_features=features, shortlists=read_shortlists(candidates or [], saes)),
         FitConfig(steps=fit_steps),
         directions=directions,
+        detector_sites=_sites(detector_site, "detector_site", loaded),
         validation_prompts=prompts,
         validation_seeds=seeds,
     )
-    loaded = load_model(resolve_model(model), dtype.torch)
     if method is Method.FEATURES:
-        build_from_features(loaded, [sae_for(loaded, path) for path in sae or []], concept, config, out, console)
+        build_from_features(loaded, saes, concept, config, out, console)
     else:
-        sites = [Site.parse(each, f"site[{index}]") for index, each in enumerate(site or [])]
-        build_from_direction(loaded, sites, concept, config, out, console)
+        build_from_direction(loaded, _sites(site, "site", loaded), concept, config, out, console)
+
+
+def _sites(names: list[str] | None, field: str, model: LoadedModel) -> tuple[Site, ...]:
+    sites = tuple(Site.parse(name, f"{field}[{index}]") for index, name in enumerate(names or []))
+    for index, site in enumerate(sites):
+        check_site(site, f"{field}[{index}]", model)
+    return sites

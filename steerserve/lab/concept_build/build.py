@@ -51,6 +51,7 @@ class BuildConfig:
             in multiples of the largest activation, or below a direction's mean, in multiples of the distance of the
             means; to amplify, a factor.
         directions: fitted beside the features to suppress, at the last site; none to amplify.
+        detector_sites: where a probe may read; none: where the policy edits. What only reads a text stops behind it.
         on_policy_prompts: of positive texts, that the model goes on from once each.
         validation_prompts, validation_seeds: continuations on which strengths are compared; too few, and noise
             picks the strength.
@@ -61,6 +62,7 @@ class BuildConfig:
     suppressing: tuple[float, ...] = SUPPRESSING
     amplifying: tuple[float, ...] = AMPLIFYING
     directions: int = 8
+    detector_sites: tuple[Site, ...] = ()
     on_policy_prompts: int = 600
     validation_prompts: int = 100
     validation_seeds: int = 5
@@ -210,7 +212,7 @@ def _detector(
     limit = config.selection.max_texts
     train = LabelledTexts(materials.train.positive[:limit], materials.train.negative[:limit])
     validation = LabelledTexts(materials.validation.positive, materials.validation.negative)
-    detector = choose_detector(model, sites, features, train, validation)
+    detector = choose_detector(model, config.detector_sites or sites, features, train, validation)
     areas = {"probe": detector.auroc_probe, "features": detector.auroc_features}
     figures = ", ".join(f"{kind} {area:.3f}" for kind, area in areas.items() if area is not None)
     console.print(f"detector: {detector.kind} at {detector.rows.site}; AUROC on validation: {figures}")
@@ -246,7 +248,7 @@ def _finish(
     record = {
         **materials.record,
         **data,
-        "config": asdict(config),
+        "config": asdict(config) | {"detector_sites": [str(site) for site in config.detector_sites]},
         "strength": strength,
         "within_budget": result is not None,
         "validation": None if result is None else asdict(result),

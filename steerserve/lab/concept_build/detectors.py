@@ -56,7 +56,7 @@ def choose_detector(
     validation: LabelledTexts,
 ) -> Detector:
     """The best of a probe at each site and of a weighted sum of each site's ``features``."""
-    tokens = TokenRows.read(model, sites, train)
+    tokens = TokenRows.read(model, sorted({*sites, *(rows.site for rows in features)}), train)
     candidates: list[tuple[Kind, tuple[SiteRows, torch.Tensor]]] = [
         *(("probe", _fit_probe(tokens, site)) for site in sites),
         *(("features", _fit_features(tokens, rows)) for rows in features),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,6 +12,7 @@ from steerserve.lab.concept_build.completions import Completions
 from steerserve.lab.concept_build.contexts import Contexts
 from steerserve.lab.concept_build.contrast import contrast_features
 from steerserve.lab.concept_build.effects import Attribution, attribute, measure_effects
+from steerserve.lab.concept_build.shortlists import Shortlists
 from steerserve.lab.concept_build.site_rows import SiteRows
 from steerserve.lab.concept_eval.texts import Corpus
 from steerserve.models.loading import LoadedModel
@@ -32,6 +33,7 @@ class SelectionConfig:
         num_detector_features: of each SAE, by contrast, for the detector.
         num_proof_contexts: on which each feature is measured: those where the estimate is largest.
         max_texts: of each kind.
+        shortlists: candidates of SAEs in place of those by contrast; they too are taken only if their effect is shown.
     """
 
     num_features: int = 128
@@ -39,6 +41,7 @@ class SelectionConfig:
     num_detector_features: int = 64
     num_proof_contexts: int = 8
     max_texts: int = 1500
+    shortlists: Shortlists = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +76,8 @@ def choose_rows(
     positive, negative = train.positive[: config.max_texts], train.negative[: config.max_texts]
     contrasts = contrast_features(model, saes, positive, negative)
     attributions = attribute(model, saes, contexts, completions)
-    candidates = [contrast.candidates(config.num_candidates) for contrast in contrasts]
+    telling = [contrast.candidates(config.num_candidates) for contrast in contrasts]
+    candidates = [list(config.shortlists.get(sae.sha256, of)) for sae, of in zip(saes, telling, strict=True)]
     shortlist = _shortlist(attributions, candidates, round(SHORTLIST * config.num_features))
     proved = _prove(model, saes, attributions, shortlist, op, contexts, completions, config.num_proof_contexts)
     strongest = _strongest(proved, len(saes), config.num_features)
@@ -87,7 +91,7 @@ def choose_rows(
         raise AssetError(f"no feature of {', '.join(sae.name for sae in saes)} changes how likely the words are")
     detector = [
         SiteRows.of_sae(sae, chosen, attribution.max_activation[chosen])
-        for sae, attribution, features in zip(saes, attributions, candidates, strict=True)
+        for sae, attribution, features in zip(saes, attributions, telling, strict=True)
         if (chosen := features[: config.num_detector_features])
     ]
     return Selection(edited, detector, gradients, effect)

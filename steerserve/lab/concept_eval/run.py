@@ -122,7 +122,7 @@ class Evaluation:
         test_corpus = self.texts.corpus(Split.TEST, words)
         validation_corpus = self.texts.corpus(Split.VALIDATION, words)
         train = self.texts.corpus(Split.TRAIN, words)
-        seen = contrasts(self.model, self.pack.sites, train, self.config.fitted_texts)
+        seen = contrasts(self.model, self._sites, train, self.config.fitted_texts)
         site = self._best_site(seen, validation_corpus)
         arms = self._arms(seen, site, train, validation_corpus)
         trial = self._trial(test_corpus, self.config.num_prompts, self.config.num_seeds, self.config.benign_tokens)
@@ -139,17 +139,22 @@ class Evaluation:
         return card, {"untreated": trial.untreated, **outcomes}
 
     @property
+    def _sites(self) -> Sequence[Site]:
+        """Where the pack edits; of one that edits nothing, where it reads."""
+        return self.pack.edited_sites or self.pack.sites
+
+    @property
     def _layer(self) -> int:
         """No treatment edits anything before it."""
-        return self.pack.sites[0].layer
+        return self._sites[0].layer
 
     def _trial(self, corpus: Corpus, num_prompts: int, num_seeds: int, max_benign_tokens: int) -> Trial:
         return Trial.draw(self.model, corpus, self.setting, num_prompts, num_seeds, self._layer, max_benign_tokens)
 
     def _best_site(self, seen: Mapping[Site, Contrast], validation: Corpus) -> Site:
-        """Where simple methods read and edit: of the pack's sites, where a linear probe does best on validation."""
+        """Where simple methods read and edit: of the pack's own, where a linear probe does best on validation."""
         if len(seen) == 1:
-            return self.pack.sites[0]
+            return self._sites[0]
         return max(seen, key=lambda site: probe_auroc(self.model, site, seen[site].probe(), validation))
 
     def _arms(self, seen: Mapping[Site, Contrast], site: Site, train: Corpus, validation: Corpus) -> list[Arm]:

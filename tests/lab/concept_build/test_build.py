@@ -21,6 +21,7 @@ from steerserve.lab.concept_build.detectors import Detector
 from steerserve.lab.concept_build.draft import PackDraft
 from steerserve.lab.concept_build.fitting import FitConfig
 from steerserve.lab.concept_build.selection import SelectionConfig
+from steerserve.lab.concept_build.shortlists import read_shortlists
 from steerserve.lab.concept_build.site_rows import SiteRows
 from steerserve.lab.concept_build.strength import Budget
 from steerserve.lab.concept_eval.judges import Judge
@@ -112,6 +113,52 @@ def test_a_pack_of_several_sites_is_built_and_served(
     guard = Guard(ConceptTarget("duck"), detector.threshold, GuardAction.FLAG)
     plan = compile_plan(SteeringSpec(guards=(guard,)), ("duck",), catalog)
     assert [i.site for i in plan.interventions if i.source != "request"] == [EARLY, LATE]
+
+
+def test_a_detector_may_read_before_the_policy_edits(
+    tiny: LoadedModel, saes: list[SAE], concept: Concept, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, detector_sites=(EARLY,))
+    pack = build_from_features(tiny, saes[:1], concept, config, tmp_path / "one", Console(quiet=True))
+    assert (pack.edited_sites, pack.detector_site, pack.card.detector.kind) == ((LATE,), EARLY, "probe")
+    assert pack.card.sites == [str(EARLY), str(LATE)]
+    assert pack.card.data["config"]["detector_sites"] == [str(EARLY)]
+    catalog = Catalog.load(tiny, packs=[str(tmp_path / "one")])
+    plan = compile_plan(SteeringSpec(guards=(Guard(ConceptTarget("duck"), 0.0, GuardAction.FLAG),)), (), catalog)
+    assert plan.num_layers == EARLY.layer + 1
+
+
+def list_of(sae: SAE, features: list[int], path: Path) -> Path:
+    """As ``analyse features`` writes it."""
+    rows = [{"id": feature, "removed": 0.1, "swapped": 0.1, "active": 1.0} for feature in features]
+    path.write_text(json.dumps({"sae": sae.name, "sae_sha256": sae.sha256, "features": rows}))
+    return path
+
+
+def test_listed_candidates_take_the_place_of_those_by_contrast(
+    tiny: LoadedModel, saes: list[SAE], concept: Concept, tmp_path: Path
+) -> None:
+    console = Console(quiet=True)
+    own = build_from_features(tiny, saes, concept, CONFIG, tmp_path / "own", console).card.data["effect"][str(LATE)]
+    listed = [int(feature) for feature in own][:2]
+    lists = read_shortlists([list_of(saes[0], listed, tmp_path / "list.json")], saes)
+    config = replace(CONFIG, selection=replace(CONFIG.selection, shortlists=lists))
+    pack = build_from_features(tiny, saes, concept, config, tmp_path / "listed", console)
+    assert {int(feature) for feature in pack.card.data["effect"][str(LATE)]} == set(listed)
+    assert pack.card.data["config"]["selection"]["shortlists"] == {saes[0].sha256: listed}
+
+
+def test_lists_that_do_not_fit_are_refused(saes: list[SAE], tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    two = read_shortlists([list_of(saes[0], [3, 1], path), path], saes)
+    assert two == {saes[0].sha256: (3, 1)}
+    with pytest.raises(IncompatibleError, match=f"features of {saes[0].name}"):
+        read_shortlists([path], saes[1:])
+    with pytest.raises(AssetError, match="feature 99999, where"):
+        read_shortlists([list_of(saes[0], [1, 99999], path)], saes)
+    path.write_text('{"features": []}')
+    with pytest.raises(AssetError, match="sae_sha256"):
+        read_shortlists([path], saes)
 
 
 def test_the_same_inputs_give_the_same_bytes(

@@ -61,7 +61,8 @@ assets: $(RUN)
 	$(call sae,16,1572864,2400)
 	$(call sae,24,4456448,3600)
 	$(STEERSERVE) concept build profanity --words profanity --judge profanity $(PACK_TEXTS) \
-	  --sae $(SHIPPED)/saes/smollm2-135m-instruct-l24-4k --out $(SHIPPED)/packs/profanity
+	  --sae $(SHIPPED)/saes/smollm2-135m-instruct-l24-4k --detector-site blocks.5.hook_resid_post \
+	  --out $(SHIPPED)/packs/profanity
 	$(MAKE) cards
 
 cards: $(RUN)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -19,11 +19,14 @@ import grpc
 import httpx2
 
 from steerserve.v1 import generation_pb2 as pb
-from steerserve.v1 import generation_pb2_grpc
+from steerserve.v1 import generation_pb2_grpc, score_pb2
 
 PATIENCE_S = 60.0
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+_HTTP_HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: soak\r\nContent-Length: 100\r\n\r\n{"
+_NUM_SILENT = 32
 _METHOD = "/steerserve.v1.GenerationService/Generate"
+_WORDS = ("sea", "ship", "night", "captain", "storm")
 _BUSY = {"RESOURCE_EXHAUSTED"}
 _FAULT = {"INTERNAL"}  # a fault was injected into the batch
 _INVALID = (
@@ -76,17 +79,18 @@ class Load:
     def __init__(self, address: str, http_address: str, policies: tuple[str, ...], seed: int) -> None:
         self.ledger = Ledger()
         self.is_draining = False
-        self._address = address
+        self._address, self._http_address = address, http_address
         self._policies = policies
         self._random = random.Random(seed)
         self._serial = 0
         self._channel = grpc.aio.insecure_channel(address)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._silent: deque[asyncio.WriteTransport] = deque()
         self._http = httpx2.AsyncClient(base_url=f"http://{http_address}", timeout=PATIENCE_S)
         self.kinds: dict[Callable[[], Awaitable[None]], int] = {
             self.unary: 8, self.stream: 8, self.cancelled: 4, self.late: 3, self.invalid: 3, self.malformed: 3,
-            self.slow_reader: 2, self.deaf: 2, self.half_open: 2, self.flood: 1, self.over_http: 3,
-            self.http_hang_up: 2,
+            self.slow_reader: 2, self.deaf: 2, self.half_open: 2, self.silent: 1, self.flood: 1,
+            self.score: 4, self.over_http: 3, self.http_hang_up: 2,
         }  # fmt: skip
 
     async def run(self, num_clients: int, seconds: float) -> None:
@@ -106,6 +110,9 @@ class Load:
                 await kind()
         except TimeoutError:
             self.ledger.enter(kind.__name__, "NO_END", set(), f"nothing within {PATIENCE_S:g} s")
+        except httpx2.TransportError as error:
+            allowed = {type(error).__name__} if self.is_draining else set()
+            self.ledger.enter(kind.__name__, type(error).__name__, allowed, str(error))
 
     async def load_of_server(self) -> int:
         """Responses that run or wait."""
@@ -117,6 +124,8 @@ class Load:
         return list(info.policies)
 
     async def close(self) -> None:
+        for transport in self._silent:
+            transport.abort()
         await self._channel.close()
         await self._http.aclose()
 
@@ -134,6 +143,17 @@ class Load:
 
     async def slow_reader(self) -> None:
         await self._read("slow reader", self._request(pb.GenerateStreamRequest, max_tokens=40), pause_s=0.05)
+
+    async def score(self) -> None:
+        text = " ".join(self._random.choice(_WORDS) for _ in range(self._random.randrange(1, 200)))
+        request = score_pb2.ScoreRequest(text=text, policies=self._policies)
+        try:
+            reply = await self._stub.Score(request, timeout=PATIENCE_S)
+        except grpc.aio.AioRpcError as error:
+            self.ledger.enter("score", error.code().name, self._allowed(), error.details() or "")
+        else:
+            complete = reply.receipts and all(receipt.model_fingerprint for receipt in reply.receipts)
+            self.ledger.enter("score", "OK" if complete else "NO_RECEIPT", {"OK"})
 
     async def late(self) -> None:
         request = self._request(max_tokens=400)
@@ -176,16 +196,19 @@ class Load:
         whole = self._request().SerializeToString()
         data = self._random.choice((self._random.randbytes(64), whole[: self._random.randrange(1, len(whole))]))
         call = self._channel.unary_unary(_METHOD)(data, timeout=PATIENCE_S)
+        detail = ""
         try:
             await call
             code = "OK"
         except grpc.aio.AioRpcError as error:
-            code = error.code().name
-        # A truncated message can be a whole one of fewer fields.
-        self.ledger.enter("malformed", code, self._allowed() - _FAULT | {"OK", "INVALID_ARGUMENT"})
+            code, detail = error.code().name, error.details() or ""
+        # A truncated message can be a whole one of fewer fields, which then meets a fault like any other.
+        faults = _FAULT if "the engine failed" in detail else set()
+        allowed = self._allowed() - _FAULT | {"OK", "INVALID_ARGUMENT"} | faults
+        self.ledger.enter("malformed", code, allowed, detail)
 
     async def half_open(self) -> None:
-        """The beginning of a connection, and then nothing; the last of it is a reset or silence."""
+        """The beginning of a connection, and then a reset."""
         host, _, port = self._address.rpartition(":")
         try:
             _, writer = await asyncio.open_connection(host, int(port))
@@ -196,6 +219,18 @@ class Load:
             self.ledger.enter("half open", type(error).__name__, {"ConnectionResetError", "BrokenPipeError"})
         else:
             self.ledger.enter("half open", "CLOSED", {"CLOSED"})
+
+    async def silent(self) -> None:
+        """The beginning of a connection, and then nothing for as long as others are not as silent."""
+        address, data = self._random.choice(((self._address, _PREFACE), (self._http_address, _HTTP_HEAD)))
+        host, _, port = address.rpartition(":")
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(asyncio.Protocol, host, int(port))
+        transport.write(data[: self._random.randrange(len(data) + 1)])
+        self._silent.append(transport)
+        if len(self._silent) > _NUM_SILENT:
+            self._silent.popleft().abort()
+        self.ledger.enter("silent", "LEFT_OPEN", {"LEFT_OPEN"})
 
     async def over_http(self) -> None:
         body = {"prompt": "Once upon a time", "max_tokens": self._random.randrange(1, 20)}
@@ -218,9 +253,7 @@ class Load:
     def _request(self, kind: type = pb.GenerateRequest, max_tokens: int | None = None, n: int | None = None) -> Any:
         self._serial += 1
         chosen = self._random
-        words = " ".join(
-            chosen.choice(("sea", "ship", "night", "captain", "storm")) for _ in range(chosen.randrange(30))
-        )
+        words = " ".join(chosen.choice(_WORDS) for _ in range(chosen.randrange(30)))
         request = kind(request_id=f"soak-{self._serial}", text=f"Once {words}")
         request.sampling.max_tokens = max_tokens or chosen.randrange(1, 30)
         request.sampling.n = n or chosen.choice((1, 1, 1, 3))

@@ -28,7 +28,7 @@ STEER_HELP = (
 GUARD_HELP = (
     "TARGET>NUMBER=ACTION\\[@PHASE], repeatable. ACTION: flag, redact, block, or rewind:TOKENS\\[*RETRIES], which "
     "goes on with ' with INTERVENTION\\[; INTERVENTION]...\\[ else flag]'. "
-    "Example: 'profanity>2.5=rewind:8 with profanity=block'"
+    "Example: 'profanity>1=rewind:8 with profanity=block'"
 )
 
 Target = Annotated[str, typer.Option(envvar="STEERSERVE_TARGET", help="Server address, host:port.")]

@@ -50,7 +50,7 @@ class GenerateOptions(TypedDict, total=False):
     Attributes:
         steer: interventions, each an ``Intervention`` or a string such as ``profanity=block``
             (see ``steerserve.serving.steer_string``).
-        guards: each a ``Guard`` or a string such as ``profanity>2.5=block``.
+        guards: each a ``Guard`` or a string such as ``profanity>1=block``.
         policies: server-side policies, as ``name`` or ``name@version``.
         max_tokens and what follows it up to ``logprobs``: see ``SamplingParams``, whose defaults apply.
         stop: may be a single string.

@@ -65,8 +65,9 @@ def parse_yaml(data: bytes, origin: str, model: type[ModelT]) -> ModelT:
     try:
         return model.model_validate(content)
     except ValidationError as error:
-        told = [e for e in error.errors() if _says_more(e)]
-        raise PolicyError([f"{origin}:{_line_of(root, e)}: {_words(e, model)}" for e in told]) from None
+        errors = [(each, _choices(content, each["loc"])) for each in error.errors()]
+        told = [(_line_of(root, e), _words(e, choices, model)) for e, choices in errors if _says_more(e, choices)]
+        raise PolicyError([f"{origin}:{line}: {words}" for line, words in told]) from None
 
 
 def located(path: Path, problem: str) -> str:
@@ -145,24 +146,38 @@ def _line(node: yaml.Node | None, path: Sequence[int | str]) -> int:
     return line
 
 
-def _says_more(error: Any) -> bool:
+def _choices(content: Any, path: Sequence[int | str]) -> frozenset[int]:
+    """Which parts of an error's path name one of several models or literals: a class, or ``literal[...]``.
+
+    What an author wrote can look like these; it is found in the content.
+    """
+    choices = set()
+    for index, part in enumerate(path):
+        try:
+            content = content[part]
+        except (KeyError, IndexError, TypeError):
+            if isinstance(part, str) and (part[:1].isupper() or "[" in part):
+                choices.add(index)
+    return frozenset(choices)
+
+
+def _says_more(error: Any, choices: frozenset[int]) -> bool:
     """False for what pydantic adds to an error that it reports as well."""
     if error["type"] == "too_short":
         return not error["input"]  # else its items are wrong, and were left out before they were counted
-    branch = str(error["loc"][-1]) if error["loc"] else ""
+    last = len(error["loc"]) - 1
+    branch = str(error["loc"][last]) if last in choices else ""
     if branch[:1].isupper():
         return not isinstance(error["input"], str)
     return not branch.startswith("literal[") or not isinstance(error["input"], dict)
 
 
-def _words(error: Any, model: type[BaseModel]) -> str:
+def _words(error: Any, choices: frozenset[int], model: type[BaseModel]) -> str:
     """One of pydantic's errors as ours: field, value, what would be valid."""
-    is_unknown = error["type"] == "extra_forbidden"  # then the last part is the author's own
-    last = len(error["loc"]) - 1
-    parts = [p for i, p in enumerate(error["loc"]) if (is_unknown and i == last) or not _names_a_choice(p)]
+    parts = [part for index, part in enumerate(error["loc"]) if index not in choices]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts).removeprefix(".")
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if is_unknown:
+    if error["type"] == "extra_forbidden":
         known = _fields_at(model, error["loc"][:-1])
         nearest = difflib.get_close_matches(str(parts[-1]), known, n=1)
         return f"{field}: unknown, expected {nearest[0] if nearest else 'only ' + ', '.join(known)}"
@@ -172,6 +187,8 @@ def _words(error: Any, model: type[BaseModel]) -> str:
         message = _FORMS.get(error["ctx"]["pattern"], f"text of the form {error['ctx']['pattern']}")
     if error["type"] in ("tuple_type", "list_type"):
         message = "a list"
+    if error["type"] in ("model_type", "dict_type"):
+        message = "named fields"
     if error["type"] == "value_error":
         return f"{field}: {message}" if field else message
     return f"{field}: got {error['input']!r:.80}, expected {message}"
@@ -191,8 +208,3 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from _models_in(argument)
-
-
-def _names_a_choice(part: int | str) -> bool:
-    """Of several models or literals: a class, or ``literal[...]``; no field is written so."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part)

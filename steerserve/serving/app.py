@@ -113,6 +113,8 @@ class Server:
         self._audit: AuditObserver | None = None
         if config.audit.directory is not None:
             self._audit = AuditObserver(config.audit, engine.model.fingerprint, self._report_audit)
+            if self._instruments.metrics is not None:
+                self._instruments.metrics.watch(self._audit)
         audits = () if self._audit is None else (self._audit,)
         service = Service(self._engine_loop, self.access.admit, (self.access, *self._instruments.observers, *audits))
         servicer = GenerationServicer(service, self._caller_of)

@@ -21,6 +21,7 @@ class Instruments:
     """What a server reads itself with.
 
     Attributes:
+        metrics: what is counted; None without a port for them.
         observers: for ``Service``.
         interceptors: for the gRPC server.
         metrics_address: ``host:port`` as bound; None without metrics.
@@ -40,18 +41,19 @@ class Instruments:
             self._tracing = Tracing(engine.model.name)
             self.interceptors = (TraceContextInterceptor(),)
             on_end.append(self._tracing.on_end)
-        self._metrics: MetricsServer | None = None
+        self.metrics: Metrics | None = None
+        self._metrics_server: MetricsServer | None = None
         if config.metrics_port is not None:
-            metrics = Metrics(engine)
-            on_tokens.append(metrics.on_tokens)
-            on_end.append(metrics.on_end)
-            self._metrics = MetricsServer(metrics, config.metrics_host, config.metrics_port)
-        self.metrics_address = None if self._metrics is None else self._metrics.address
+            self.metrics = Metrics(engine)
+            on_tokens.append(self.metrics.on_tokens)
+            on_end.append(self.metrics.on_end)
+            self._metrics_server = MetricsServer(self.metrics, config.metrics_host, config.metrics_port)
+        self.metrics_address = None if self._metrics_server is None else self._metrics_server.address
         self.observers: tuple[Observer, ...] = (RequestIds(), Telemetry(on_tokens, on_end))
 
     def stop(self) -> None:
         """Close the metrics' port, and send the last spans; may take seconds."""
-        if self._metrics is not None:
-            self._metrics.stop()
+        if self._metrics_server is not None:
+            self._metrics_server.stop()
         if self._tracing is not None:
             self._tracing.stop()

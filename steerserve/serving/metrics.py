@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from steerserve.engine.engine import Engine
 from steerserve.errors import AssetError
+from steerserve.serving.audit.observer import AuditObserver
 from steerserve.serving.telemetry import Passage, code_of, policy_edits, policy_verdicts
 
 MAX_LABEL_VALUES = 100
@@ -48,6 +49,10 @@ class Metrics:
         self._define_vllm()
         self._define_own()
 
+    def watch(self, audit: AuditObserver) -> None:
+        """Tell of the audit log too."""
+        self.registry.register(_AuditState(audit))
+
     def on_tokens(self, num_tokens: int, seconds: float, is_first: bool) -> None:
         """A response got tokens; those that come together share the time."""
         if is_first:
@@ -60,10 +65,20 @@ class Metrics:
         """An exchange ended, or was refused."""
         exchange, code = passage.exchange, code_of(error)
         tenant = self._tenant(exchange.caller.tenant)
-        self._requests.labels(exchange.interface, code).inc()
+        self._requests.labels(exchange.interface, "reading" if exchange.is_reading else "generation", code).inc()
         self._tenant_requests.labels(tenant, code).inc()
         if not passage.is_admitted:
             return
+        if exchange.is_reading:
+            self._reading_duration.observe(passage.seconds)
+            self._read_tokens.inc(passage.num_prompt_tokens)
+            self._tenant_tokens.labels(tenant, "reading").inc(passage.num_prompt_tokens)
+        else:
+            self._count_generation(passage, tenant)
+        self._count_decisions(passage)
+
+    def _count_generation(self, passage: Passage, tenant: str) -> None:
+        exchange = passage.exchange
         self._duration.observe(passage.seconds)
         self._params_n.observe(exchange.request.sampling.n)
         self._params_max_tokens.observe(exchange.request.sampling.max_tokens)
@@ -73,11 +88,11 @@ class Metrics:
         self._generated_tokens.inc(passage.num_generated_tokens)
         self._tenant_tokens.labels(tenant, "prompt").inc(passage.num_prompt_tokens)
         self._tenant_tokens.labels(tenant, "generation").inc(passage.num_generated_tokens)
-        self._count_responses(passage)
-
-    def _count_responses(self, passage: Passage) -> None:
         for output in passage.last_outputs:
             self._success.labels(output.finish_reason).inc()
+
+    def _count_decisions(self, passage: Passage) -> None:
+        for output in passage.last_outputs:
             for policy, verdict in policy_verdicts(output):
                 self._verdicts.labels(self._policy(policy), verdict).inc()
         for receipt in passage.receipts:
@@ -118,9 +133,19 @@ class Metrics:
 
     def _define_own(self) -> None:
         self._requests = self._counter(
-            "requests", "Requests that ended, refused ones included, by status.", "interface", "code"
+            "requests",
+            "Requests that ended, refused ones included; readings are of texts by Score, moderation or Envoy.",
+            "interface",
+            "kind",
+            "code",
         )
-        self._tenant_requests = self._counter("tenant_requests", "Requests of each tenant.", "tenant", "code")
+        self._reading_duration = self._histogram(
+            "reading_seconds", "From the arrival of a text that is only read to its end.", _LATENCIES
+        )
+        self._read_tokens = self._counter("read_tokens", "Tokens of texts that were only read.")
+        self._tenant_requests = self._counter(
+            "tenant_requests", "Requests and readings of each tenant.", "tenant", "code"
+        )
         self._tenant_tokens = self._counter("tenant_tokens", "Tokens of each tenant.", "tenant", "kind")
         self._verdicts = self._counter(
             "verdicts", "What policies decided about responses: the gravest of each.", "policy", "verdict"
@@ -205,6 +230,30 @@ class _EngineState(Collector):
 
     def describe(self) -> Iterator[Metric]:
         """Nothing: a registry that knows no names does not ask the engine when it is made."""
+        return iter(())
+
+
+class _AuditState(Collector):
+    """How far the audit log is behind what happens."""
+
+    def __init__(self, audit: AuditObserver) -> None:
+        self._audit = audit
+
+    def collect(self) -> Iterator[Metric]:
+        lag = self._audit.lag()
+        yield GaugeMetricFamily(
+            "steerserve_audit_records_waiting", "Records that are not in the audit log yet.", lag.num_waiting
+        )
+        yield GaugeMetricFamily(
+            "steerserve_audit_lag_seconds", "For how long the oldest of them has waited.", lag.seconds
+        )
+        yield GaugeMetricFamily(
+            "steerserve_audit_records_unproved", "Records behind the last exported head.", lag.num_unproved
+        )
+        yield GaugeMetricFamily("steerserve_audit_failing", "1 while the audit log cannot be written.", lag.is_failing)
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing, as above."""
         return iter(())
 
 

@@ -100,7 +100,7 @@ def parse_intervention(text: str, field: str = "steer") -> Intervention:
 
 
 def parse_guard(text: str, field: str = "guard") -> Guard:
-    """Read one guard, e.g. ``profanity>2.5=block`` or ``profanity>2.5=rewind:8 with profanity=block``.
+    """Read one guard, e.g. ``profanity>1=block`` or ``profanity>1=rewind:8 with profanity=block``.
 
     Args:
         field: what errors call the text.
@@ -110,11 +110,11 @@ def parse_guard(text: str, field: str = "guard") -> Guard:
     """
     match = _GUARD.fullmatch(text)
     if match is None:
-        raise InvalidRequestError(field, text, f"{GUARD_GRAMMAR}, e.g. 'profanity>2.5=block'")
+        raise InvalidRequestError(field, text, f"{GUARD_GRAMMAR}, e.g. 'profanity>1=block'")
     action = _parse_action(match["action"], field)
     rewinds = action is GuardAction.REWIND
     if {match["tokens"] is not None, match["edits"] is not None} != {rewinds}:
-        expected = f"{GUARD_GRAMMAR}, e.g. 'profanity>2.5=rewind:8 with profanity=block'"
+        expected = f"{GUARD_GRAMMAR}, e.g. 'profanity>1=rewind:8 with profanity=block'"
         raise InvalidRequestError(field, text, expected)
     return Guard(
         target=_parse_target(match["target"], field),

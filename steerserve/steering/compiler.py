@@ -97,7 +97,7 @@ def compile_plan(
     for together in (asked, own_rewound, enforced):
         refuse_double_edits(together)
     refuse_foreign_rewinds(rewound, enforced)
-    refuse_edits_behind_policies([*asked, *own_rewound], [*enforced, *(rule.monitor for rule in rules)])
+    refuse_edits_behind_policies([*asked, *own_rewound], enforced)
     gates = _gates([*asked, *own_rewound])
     watches = [*guards, *rules]
     scored = (*gates.values(), *(watch.monitor for watch in watches))

@@ -36,12 +36,13 @@ def refuse_edits_behind_policies(edits: Iterable[Edit], policies: Sequence[Edit]
     """A policy sees what a request did at or before its site; behind it, a request could undo what it does.
 
     A policy of several sites counts as acting at its first: that a later site of it would see the
-    request's edit does not bring back what the first one did.
+    request's edit does not bring back what the first one did. What a policy reads, an edit behind it cannot change.
     """
+    acting = [policy for policy in policies if policy.op is not Op.MONITOR]
     for edit in edits:
         if edit.op is Op.MONITOR:
             continue
-        before = [policy for policy in policies if policy.target.site < edit.target.site]
+        before = [policy for policy in acting if policy.target.site < edit.target.site]
         if before:
             first = min(before, key=lambda policy: policy.target.site)
             expected = f"a site not behind {first.target.site}, where {first.source} acts, or no such policy"

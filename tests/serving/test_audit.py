@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,38 @@ def test_no_last_piece_before_the_disk_has_the_record(audited, monkeypatch) -> N
             may_sync.set()
             reader.join(20)
         assert last[-1].finish_reason is not None
+
+
+def test_metrics_tell_how_far_the_log_is_behind(tiny, start_server, tmp_path, monkeypatch, wait_until) -> None:
+    mac, _, _ = create_keys(tmp_path / "keys")
+    config = tiny.config(audit={"directory": str(tmp_path / "log"), "key": str(mac)}, telemetry={"metrics_port": 0})
+    with start_server(config) as server, SteerserveClient(server.address) as client:
+
+        def gauge(name: str) -> float:
+            text = urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10).read().decode()
+            return next(float(line.split()[1]) for line in text.splitlines() if line.startswith(f"{name} "))
+
+        client.generate("Hello", max_tokens=2)
+        assert [gauge(name) for name in LAG] == [0, 0, 2, 0]  # unproved: this one and the record of the start
+        may_sync = threading.Event()
+        real = os.fsync
+        with monkeypatch.context() as slow:
+            slow.setattr(audit_files.os, "fsync", lambda file: (may_sync.wait(20), real(file))[1])
+            asking = threading.Thread(target=lambda: client.generate("Hello", max_tokens=2))
+            asking.start()
+            wait_until(lambda: gauge("steerserve_audit_records_waiting") == 1)
+            wait_until(lambda: gauge("steerserve_audit_lag_seconds") > 0.1)
+            may_sync.set()
+            asking.join(20)
+        assert [gauge(name) for name in LAG] == [0, 0, 3, 0]
+
+
+LAG = (
+    "steerserve_audit_records_waiting",
+    "steerserve_audit_lag_seconds",
+    "steerserve_audit_records_unproved",
+    "steerserve_audit_failing",
+)
 
 
 def test_a_disk_that_fails_ends_answers_and_readiness_until_it_works(

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +128,34 @@ def test_the_chain_goes_on_across_files(place) -> None:
     assert place.verify().is_sound
 
 
+def test_another_day_has_another_file(place, monkeypatch) -> None:
+    def now() -> str:
+        return f"{day}T23:59:59.000000Z"
+
+    monkeypatch.setattr(audit_files, "now", now)
+    for rotates in (True, False):
+        day = "2026-12-01"
+        files = LogFiles(place.log / str(rotates), place.key, 1 << 20, rotates)
+        files.append([body(1)])
+        assert not files.rotate_if_due()
+        day = "2026-12-02"
+        assert files.rotate_if_due() is rotates
+        assert not files.rotate_if_due()
+        files.append([body(2)])
+        files.close()
+        names = [path.name for path in log_files(place.log / str(rotates))]
+        assert names == ["audit-000000000001.jsonl", "audit-000000000002.jsonl"][: 1 + rotates]
+        assert verify_log(place.log / str(rotates), [place.key]).is_sound
+
+
+def test_a_head_goes_to_the_servers_own_log_if_that_is_asked(place, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        write(place, 2, heads_to_log=True, head_records=1)
+    told = [record.getMessage().removeprefix("audit head: ") for record in caplog.records]
+    assert told == place.heads.read_text().splitlines()
+    assert len(told) >= 2
+
+
 edits = st.one_of(
     st.tuples(st.just("flip"), st.integers(0, NUM_HEADED - 1), st.integers(0, 10_000)),
     st.tuples(st.just("swap"), st.integers(0, NUM_HEADED - 1), st.integers(0, NUM_HEADED - 1)),
@@ -205,6 +237,48 @@ def test_a_line_that_a_crash_cut_short_is_set_aside_and_told(place) -> None:
     assert place.verify().is_sound
     told = next(found for line in place.lines()[1:] if (found := parse(line[:-1]).body.get("recovered")))
     assert (place.log / told["file"]).read_bytes() == b'{"seq":99,"pre'
+
+
+ENDLESS = """
+import asyncio, sys
+from pathlib import Path
+from steerserve.config import AuditConfig
+from steerserve.serving.audit.keys import AuditKey
+from steerserve.serving.audit.writer import AuditWriter
+
+async def run(config):
+    writer = AuditWriter(config, AuditKey.load(Path(config.key)), {}, lambda is_good: None)
+
+    async def write(first):
+        for number in range(first, 10**9, 32):
+            await writer.write({"kind": "exchange", "number": number, "text": "x" * 50_000})
+            print(number, flush=True)
+
+    await asyncio.gather(*(write(first) for first in range(32)))
+
+asyncio.run(run(AuditConfig.model_validate_json(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.11, 0.23])
+def test_kill_9_in_the_middle_of_writing_loses_nothing_that_was_answered(place, seconds) -> None:
+    config = place.config(head_records=50, fsync="never").model_dump_json()
+    with subprocess.Popen([sys.executable, "-c", ENDLESS, config], stdout=subprocess.PIPE, text=True) as writing:
+        assert writing.stdout is not None
+        answered = [writing.stdout.readline() for _ in range(40)]
+        threading.Timer(seconds, writing.kill).start()
+        answered += list(writing.stdout)
+    assert writing.returncode == -9
+    report = place.verify()
+    assert report.is_sound
+    assert report.proved_by is not None
+    write(place, 1)  # the next run goes on where this one stopped
+    after = place.verify()
+    assert (after.is_sound, after.unfinished_bytes) == (True, 0)
+    bodies = [parse(line[:-1]).body for line in place.lines()]
+    assert {int(number) for number in answered if number.endswith("\n")} <= {each.get("number") for each in bodies}
+    (restart,) = [each for each in bodies[1:] if each["kind"] == "start"]
+    assert (restart["recovered"] or {"bytes": 0})["bytes"] == report.unfinished_bytes
 
 
 def test_a_server_does_not_go_on_with_a_log_that_was_cut(written) -> None:

@@ -9,17 +9,19 @@ import shlex
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 from typer.main import get_command
 
 from steerserve.cli import app
+from steerserve.serving.audit.keys import create_keys
 from steerserve.serving.health import LIVENESS, READINESS
-from steerserve.serving.metrics import Metrics
 from steerserve.steering.policies import parse_policy
 
 ROOT = Path(__file__).parents[2]
@@ -134,10 +136,14 @@ def expressions() -> Iterator[str]:
         yield from (rule["expr"] for rule in group["rules"])
 
 
-def test_dashboard_and_alerts_ask_for_metrics_that_there_are(server) -> None:
+def test_dashboard_and_alerts_ask_for_metrics_that_there_are(tiny, start_server, tmp_path) -> None:
     asked = {name for text in expressions() for name in re.findall(r"\bsteerserve_\w+", text)}
+    mac, _, _ = create_keys(tmp_path / "keys")
     known: set[str] = set()
-    for family in Metrics(server.engine).registry.collect():
+    audit, telemetry = {"directory": str(tmp_path / "log"), "key": str(mac)}, {"metrics_port": 0}
+    with start_server(tiny.config(audit=audit, telemetry=telemetry)) as server:
+        text = urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=10).read().decode()
+    for family in text_string_to_metric_families(text):
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
         known |= {family.name + suffix for suffix in suffixes}
     assert asked <= known, asked - known

@@ -1,4 +1,4 @@
-"""Requests and policies that nobody would write: each is served, or refused with an error of its own type."""
+"""Requests, policies and access files that nobody would write: each is served, or refused with an error of its type."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 from steerserve.config import EngineConfig
 from steerserve.engine.engine import Engine
 from steerserve.errors import CapacityError, IncompatibleError, InvalidRequestError, PolicyError, SteerserveError
+from steerserve.serving.access import AccessFile
 from steerserve.serving.app import load_engine
 from steerserve.serving.convert import request_from_proto
 from steerserve.serving.fields import proto_field
 from steerserve.serving.status import status_of
 from steerserve.steering.policies import parse_policy
 from steerserve.steering.policy_set import BUILT_IN, PolicySet, problems_of
+from steerserve.strict_yaml import parse_yaml
 from steerserve.v1 import generation_pb2 as pb
 
 REFUSALS = (InvalidRequestError, IncompatibleError, CapacityError)
@@ -168,11 +170,17 @@ SCALARS = (
     | st.dates()
     | st.text(max_size=8)
 )
-TREES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
-    max_leaves=8,
-)
+
+
+def trees(keys: tuple[str, ...], scalars: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.recursive(
+        scalars,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(keys), inner, max_size=4),
+        max_leaves=8,
+    )
+
+
+TREES = trees(KEYS, SCALARS)
 RULES = st.tuples(
     st.dictionaries(st.sampled_from(KEYS), TREES, max_size=3),
     st.fixed_dictionaries(
@@ -217,31 +225,109 @@ def test_any_tree_is_a_policy_or_refused(engine, num_cases) -> None:
         read(engine, yaml.safe_dump(tree).encode())
 
 
+YAML_PIECES = (
+    b"&a ", b"*a", b"<<: ", b"!!python/object:os.system ", b"[" * 2000, b"{a: ", b"---\n", b"\t", b"'", b"? ",
+)  # fmt: skip
+EDITS = st.lists(
+    st.tuples(st.integers(0, 2000), st.integers(0, 12), st.binary(max_size=4) | st.sampled_from(YAML_PIECES)),
+    min_size=1,
+    max_size=3,
+)
+
+
 @cases(fast=150, slow=15_000)
 def test_any_edit_of_a_policy_file_is_a_policy_or_refused(engine, num_cases) -> None:
     texts = [path.read_bytes().replace(b"profanity", b"mood") for path in sorted(BUILT_IN.glob("*.yaml"))]
-    edit = st.tuples(st.integers(0, 2000), st.integers(0, 12), st.binary(max_size=4) | st.sampled_from(YAML_PIECES))
 
-    @generated(num_cases, text=st.sampled_from(texts), edits=st.lists(edit, min_size=1, max_size=3))
+    @generated(num_cases, text=st.sampled_from(texts), edits=EDITS)
     def _(text: bytes, edits: list[tuple[int, int, bytes]]) -> None:
-        for place, removed, inserted in edits:
-            place %= len(text)
-            text = text[:place] + inserted + text[place + removed :]
-        read(engine, text)
+        read(engine, edited(text, edits))
 
 
-YAML_PIECES = (
-    b"&a ",
-    b"*a",
-    b"<<: ",
-    b"!!python/object:os.system ",
-    b"[" * 2000,
-    b"{a: ",
-    b"---\n",
-    b"\t",
-    b"'",
-    b"? ",
+def edited(text: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+    """Each edit is where, how many bytes go, and which come in their place."""
+    for place, removed, inserted in edits:
+        place %= len(text) or 1
+        text = text[:place] + inserted + text[place + removed :]
+    return text
+
+
+ACCESS = b"""\
+format: steerserve.access/1
+tenants:
+  acme:
+    policies: {required: [mood], default: [mood@1], allowed: [mood, calm]}
+    quotas: {requests_per_minute: 600, tokens_per_minute: 100000, concurrent: 8}
+    may_steer: false
+    first_priority: -3
+  guests: {}
+keys:
+  - id: acme-1
+    tenant: acme
+    roles: [user, admin]
+    sha256: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+    expires: 2027-01-01T00:00:00Z
+  - id: mesh
+    tenant: guests
+    certificate: spiffe://cluster/app
+    quotas: {concurrent: 1}
+"""
+SECRET = "sk-" + "secret" * 6
+ACCESS_KEYS = (
+    "format", "tenants", "keys", "acme", "guests", "policies", "quotas", "required", "default", "allowed",
+    "requests_per_minute", "tokens_per_minute", "concurrent", "may_steer", "first_priority", "id", "tenant", "roles",
+    "certificate", "expires",
+)  # fmt: skip
+ACCESS_TREES = trees(ACCESS_KEYS, st.sampled_from(("acme", "mood@1", "user", "admin", "2027-01-01")) | SCALARS)
+NEAR_ACCESS = st.fixed_dictionaries(
+    {
+        "format": st.just("steerserve.access/1"),
+        "tenants": st.dictionaries(st.sampled_from(("acme", "guests")) | st.text(max_size=4), ACCESS_TREES, max_size=3),
+    },
+    optional={
+        "keys": st.lists(
+            st.fixed_dictionaries(
+                {"id": st.sampled_from(("a", "b")), "tenant": st.sampled_from(("acme", "guests"))},
+                optional={
+                    "sha256": st.just(SECRET) | st.sampled_from(("0" * 64, "f" * 64)) | SCALARS,
+                    "roles": ACCESS_TREES,
+                    "quotas": ACCESS_TREES,
+                    "expires": SCALARS | st.datetimes(),
+                },
+            ),
+            max_size=3,
+        )
+    },
 )
+
+
+def read_keys(data: bytes) -> None:
+    """Read an access file as a server does; what is wrong must be said, and a key in the wrong place must not."""
+    try:
+        parse_yaml(data, "fuzz.yaml", AccessFile)
+    except PolicyError as refusal:
+        said = refusal.problems
+    else:
+        return
+    assert said
+    assert all(problem.startswith("fuzz.yaml:") for problem in said)
+    assert not any(SECRET in problem for problem in said)
+
+
+@cases(fast=150, slow=15_000)
+def test_any_tree_is_an_access_file_or_refused(num_cases) -> None:
+    @generated(num_cases, tree=NEAR_ACCESS | ACCESS_TREES)
+    def _(tree: Any) -> None:
+        read_keys(yaml.safe_dump(tree).encode())
+
+
+@cases(fast=150, slow=15_000)
+def test_any_edit_of_an_access_file_is_one_or_refused(num_cases) -> None:
+    parse_yaml(ACCESS, "whole", AccessFile)
+
+    @generated(num_cases, edits=EDITS)
+    def _(edits: list[tuple[int, int, bytes]]) -> None:
+        read_keys(edited(ACCESS, edits))
 
 
 def test_what_is_refused_leaves_nothing_behind(engine) -> None:

@@ -25,9 +25,10 @@ def test_a_server_bears_everything_at_once(tiny, minutes) -> None:
     ends = load.ledger.ends
     assert {kind for kind, _ in ends} >= {
         "unary", "stream", "cancelled", "late", "invalid", "malformed", "slow reader", "deaf", "half open", "flood",
-        "HTTP", "HTTP hang-up",
+        "silent", "score", "HTTP", "HTTP hang-up",
     }  # fmt: skip
     assert ends["flood", "RESOURCE_EXHAUSTED"] > 0, "the server was never full"
+    assert ends["score", "OK"] > 0
     assert ends["late", "DEADLINE_EXCEEDED"] > 0
     assert any(code == "INTERNAL" for _, code in ends), "no fault met a request"
     assert ends["slow reader", "UNAVAILABLE"] + ends["slow reader", "OK"] > 0

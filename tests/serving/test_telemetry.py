@@ -92,6 +92,18 @@ COUNTED = (
 )
 
 
+def test_texts_that_are_only_read_are_no_generations(client, scrape) -> None:
+    generations = {name: scrape(name) for name in COUNTED}
+    read = "steerserve_read_tokens_total", "steerserve_reading_seconds_count"
+    before = [scrape(name) for name in read]
+    (receipt,) = client.score("Some text of another model").receipts
+    assert [scrape(name) for name in read] == [before[0] + receipt.interventions[0].tokens_in_scope, before[1] + 1]
+    assert {name: scrape(name) for name in COUNTED if "cache" not in name} == {
+        name: value for name, value in generations.items() if "cache" not in name
+    }
+    assert scrape("steerserve_requests_total", interface="grpc", kind="reading", code="OK") == 1
+
+
 def test_a_policy_is_counted_by_name_with_its_verdict_edits_and_scores(client, scrape) -> None:
     edited = scrape("steerserve_edited_tokens_total", policy="mood")
     modified = scrape("steerserve_verdicts_total", policy="mood", verdict="modified")
@@ -108,13 +120,13 @@ def test_a_policy_is_counted_by_name_with_its_verdict_edits_and_scores(client, s
 def test_refusals_and_cancellations_are_counted_by_status(client, scrape, wait_until) -> None:
     with pytest.raises(SteerserveError):
         client.generate("Hello", policies=["nobody"])
-    assert scrape("steerserve_requests_total", interface="grpc", code="INVALID_ARGUMENT") == 1
+    assert scrape("steerserve_requests_total", interface="grpc", kind="generation", code="INVALID_ARGUMENT") == 1
     stream = client.generate_stream("Hello", **LONG)
     next(stream)
     assert scrape("steerserve_num_requests_running") == 1
     assert 0 < scrape("steerserve_kv_cache_usage_perc") < 1
     stream.close()
-    wait_until(lambda: scrape("steerserve_requests_total", interface="grpc", code="CANCELLED") == 1)
+    wait_until(lambda: scrape("steerserve_requests_total", interface="grpc", kind="generation", code="CANCELLED") == 1)
     wait_until(lambda: scrape("steerserve_num_requests_running") == 0)
     assert scrape("steerserve_kv_cache_usage_perc") == 0
 

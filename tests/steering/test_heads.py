@@ -152,7 +152,10 @@ def test_a_rewind_without_an_edit_of_its_own_makes_that_of_heads_stronger(catalo
         ({"action": "clamp"}, "concept: missing, expected a loaded one, or a clamp with an edit of heads"),
         ({"action": "flag", "edit": SCALE}, "concept: missing"),
         ({"action": "clamp", "edit": SCALE | {"heads": []}}, "rules[0].edit.heads: got []"),
-        ({"action": "clamp", "edit": SCALE | {"heads": ["a1.h2"]}}, "heads[0]: expected 'L<layer>H<head>'"),
+        (
+            {"action": "clamp", "edit": SCALE | {"heads": ["a1.h2"]}},
+            "heads[0]: got 'a1.h2', expected 'L<layer>H<head>'",
+        ),
         ({"action": "clamp", "edit": SCALE | {"heads": ["L1H2", "L1H2"]}}, "heads: expected each head once"),
         (
             {"action": "clamp", "edit": {"op": "add", "value": 1.0, "heads": ["L1H2"]}},

@@ -356,7 +356,7 @@ BLOCKING = policy(CLAMP | {"edit": {"op": "block"}}, name="blocking")
             "here rule rule0 of policy:calm@1",
         ),
         (("blocking", "calm"), spec(), "policies[1]", "policy:blocking@1 does as well"),
-        (("watch",), spec(direction(site=LATE)), "steering.interventions[0].target", "policy:watch@1 acts"),
+        (("blocking",), spec(direction(site=LATE)), "steering.interventions[0].target", "policy:blocking@1 acts"),
         (("calm", "calm@1"), spec(), "policies[1]", "calm@1 is already named"),
         (("calm@2",), spec(), "policies[0]", "the loaded version, calm@1"),
         (("clam",), spec(), "policies[0]", "a loaded policy: again@1, blocking@1, calm@1"),
@@ -368,6 +368,12 @@ def test_what_does_not_go_together_is_refused_and_names_both(policies, asked, fi
         compile_plan(asked, policies, catalog)
     assert caught.value.field == field
     assert words in str(caught.value)
+
+
+def test_requests_may_edit_behind_what_a_policy_only_reads(with_policies) -> None:
+    """It has read already what they change: nothing is undone."""
+    plan = compile_plan(spec(direction(site=LATE)), ("watch",), with_policies(policy(FLAG, name="watch")))
+    assert [part.site for part in plan.sites] == [SITE, LATE]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from steerserve.errors import FieldError, ServiceError
 from steerserve.serving.audit.chain import canonical
 from steerserve.serving.audit.files import now
 from steerserve.serving.audit.keys import AuditKey
-from steerserve.serving.audit.writer import AuditWriter
+from steerserve.serving.audit.writer import AuditWriter, Lag
 from steerserve.serving.service import Exchange
 from steerserve.serving.telemetry import code_of
 from steerserve.types import (
@@ -122,6 +122,10 @@ class AuditObserver:
             await self._writer.write(self._body(exchange, passage, body))
         except ServiceError:
             _log.error("an exchange that ended with %s has no record in the audit log", code)
+
+    def lag(self) -> Lag:
+        """How far the log is behind; from any thread."""
+        return self._writer.lag()
 
     async def close(self) -> None:
         """Have everything written, and the last head exported."""

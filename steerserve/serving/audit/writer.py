@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,29 @@ RETRY_S = 1.0
 """Between two attempts to write again after a failure."""
 _MAX_BATCH = 4096
 
-_Waiting = tuple[dict[str, Any], asyncio.Future[None]]
+
+@dataclass(frozen=True)
+class Lag:
+    """How far the log is behind what happens.
+
+    Attributes:
+        num_waiting: records that it does not have yet.
+        seconds: for how long the oldest of them has waited; 0 if there is none.
+        num_unproved: records behind the last exported head; all of the log's without heads.
+        is_failing: the last attempt to write failed.
+    """
+
+    num_waiting: int
+    seconds: float
+    num_unproved: int
+    is_failing: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    body: dict[str, Any]
+    written: asyncio.Future[None]
+    since: float
 
 
 class AuditWriter:
@@ -64,6 +87,7 @@ class AuditWriter:
         self._is_synced = True
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
+        self._in_hand: list[_Waiting] = []
         self._stopping = False
         self._event_loop = asyncio.get_running_loop()
         try:
@@ -84,7 +108,7 @@ class AuditWriter:
         """
         written: asyncio.Future[None] = self._event_loop.create_future()
         with self._changed:
-            self._waiting.append((body, written))
+            self._waiting.append(_Waiting(body, written, time.monotonic()))
             self._changed.notify()
         await written
 
@@ -96,6 +120,13 @@ class AuditWriter:
         """
         if self.is_failing and self._config.on_failure == "refuse":
             raise _unavailable()
+
+    def lag(self) -> Lag:
+        """How far the log is behind; from any thread."""
+        with self._changed:
+            waiting = [*self._in_hand, *self._waiting]
+            seconds = time.monotonic() - waiting[0].since if waiting else 0.0
+            return Lag(len(waiting), seconds, self._files.tail.seq - self._head_seq, self.is_failing)
 
     async def close(self) -> None:
         """Write what waits and a last record, export the last head, and end the thread."""
@@ -111,14 +142,16 @@ class AuditWriter:
             with self._changed:
                 if not self._waiting and not self._stopping:
                     self._changed.wait(self._seconds_to_next())
-                batch, self._waiting = self._waiting[:_MAX_BATCH], self._waiting[_MAX_BATCH:]
-                stopping = self._stopping and not batch
+                self._in_hand, self._waiting = self._waiting[:_MAX_BATCH], self._waiting[_MAX_BATCH:]
+                stopping = self._stopping and not self._in_hand
             error: Exception | None = None
             try:
-                self._turn([body for body, _ in batch], stopping)
+                self._turn([each.body for each in self._in_hand], stopping)
             except Exception as raised:  # a bug must not leave requests waiting for ever either
                 error = raised
-            self._tell([written for _, written in batch], error)
+            self._tell([each.written for each in self._in_hand], error)
+            with self._changed:
+                self._in_hand = []
             if stopping:
                 self._files.close()
                 if self._heads is not None:

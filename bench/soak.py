@@ -26,6 +26,7 @@ from typing import Any
 
 from soak_load import PATIENCE_S, Load
 
+from steerserve.serving.audit.chain import parse
 from steerserve.serving.audit.keys import AuditKey, create_keys, load_public_key
 from steerserve.serving.audit.verify import verify_log
 
@@ -173,12 +174,23 @@ async def drain(server: Served, load: Load, num_clients: int) -> list[str]:
 
 
 def audited(server: Served, answered: set[str]) -> list[str]:
-    """The audit log is whole, and has a record of every request that was answered."""
+    """The audit log is whole, has a record of every request that was answered, and a receipt of each of these."""
     mac, _, public = server.audit_keys
     report = verify_log(server.audit, [AuditKey.load(mac)], server.audit.with_name("heads"), load_public_key(public))
-    texts = "".join(path.read_text() for path in sorted(server.audit.glob("*.jsonl")))
-    missing = {name for name in answered if f'"{name}"' not in texts}
-    return [*report.problems, *(f"{name} was answered and is not in the audit log" for name in sorted(missing))]
+    exchanges = [
+        record
+        for path in sorted(server.audit.glob("*.jsonl"))
+        for record in (parse(line).body for line in path.read_bytes().splitlines())
+        if record["kind"] == "exchange"
+    ]
+    complete = [record for record in exchanges if record["error"] is None]
+    bare = {record["request_id"] for record in complete if not all(each.get("receipt") for each in record["responses"])}
+    missing = answered - {record["request_id"] for record in complete}
+    return [
+        *report.problems,
+        *(f"{name} was answered and is not in the audit log" for name in sorted(missing)),
+        *(f"{name} ended well and has no receipt in the audit log" for name in sorted(bare)),
+    ]
 
 
 async def becomes_idle(load: Load) -> bool:

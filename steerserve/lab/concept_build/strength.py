@@ -35,7 +35,7 @@ class Budget:
         return cls(0.5 if kl is None else kl, None)
 
 
-SUPPRESSING = (0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
+SUPPRESSING = (0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
 AMPLIFYING = (3.0, 2.0, 1.5, 1.0, 0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 
 

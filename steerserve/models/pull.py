@@ -205,8 +205,8 @@ def _wait(process: subprocess.Popen[str], scratch: Path, bars: Progress, task: T
             try:
                 return process.communicate(timeout=_POLL_SECONDS)[1]
             except subprocess.TimeoutExpired:
-                for path in scratch.rglob("*"):
-                    with contextlib.suppress(FileNotFoundError):  # pip moves files while we look
+                with contextlib.suppress(FileNotFoundError):  # pip moves files and removes directories while we look
+                    for path in scratch.rglob("*"):
                         arrived = max(arrived, path.stat().st_size)
                 bars.update(task, completed=before + arrived)
     except BaseException:

@@ -168,6 +168,7 @@ class Request:
             prompt,
             entries,
             Silent(),
+            num_layers=1,
             root_key=bytes(32),
             block_size=BLOCK_SIZE,
             arrival=row,

@@ -117,7 +117,6 @@ def test_gemma_scope_transcoders_read_before_the_norm_s_gain(tmp_path: Path) -> 
     ("origin", "message"),
     [
         ("somewhere/layer_12", "does not say which site"),
-        ("gemma-scope-2b-pt-att/layer_3/width_16k", r"hook: got 'blocks\.3\.attn\.hook_z'"),
         ("gemma-scope-2b-pt-res/embedding/width_4k", "reads the embedding"),
     ],
 )

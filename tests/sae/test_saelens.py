@@ -198,7 +198,7 @@ def test_a_negative_threshold_means_zero(directory: Path, sae: SAE) -> None:
         ({"activation_fn_str": "tanh-relu"}, "activation function 'tanh-relu' is not supported"),
         ({"metadata": {}}, "metadata.hook_name is missing"),
         ({"metadata": []}, r"metadata is \[\], expected a JSON object"),
-        ({"metadata": {"hook_name": "blocks.3.attn.hook_z"}}, r"hook_name: got 'blocks.3.attn.hook_z', expected"),
+        ({"metadata": {"hook_name": "blocks.3.attn.hook_q"}}, r"hook_name: got 'blocks.3.attn.hook_q', expected"),
         ({"d_sae": D_SAE + 1}, r"W_enc has shape \(5, 9\), expected \(5, 10\)"),
         ({"d_in": None}, "d_in is None, expected a positive integer"),
         ({"metadata": {"hook_name": "blocks.0.hook_mlp_out", "max_norm": float("nan")}}, "max_norm is nan"),
